@@ -1,0 +1,115 @@
+"""A model that somebody brings, as one more stage after its parent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from harness import pipeline
+from harness.errors import StoreError
+from harness.pipeline import COMPONENTS, PICKLES, Pipe
+from harness.spec import Base, ImageSet, sha256
+from harness.training import Run
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights from `path`: a diffusers folder, a UNet folder, or a .safetensors file with a delta or a LoRA.
+
+    A delta names tensors as `unet.<name>`, `text_encoder.<name>`, `vae.<name>` or, for the UNet, bare. Its address
+    is the content. A safety checker and a scheduler that come along are not used: the task decides those.
+    """
+
+    digest: str
+    path: str = field(metadata={"address": False})
+    seed: int = 0
+
+    version: ClassVar[int] = 1
+    trains: ClassVar[str] = "all"
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def at(cls, path: str) -> Candidate:
+        """The candidate at `path`, its digest taken."""
+        place = Path(path)
+        if place.suffix in PICKLES:
+            raise StoreError(f"'{path}' is a pickle, which can run code when opened; save it as .safetensors")
+        if place.is_file() and place.suffix != ".safetensors":
+            raise StoreError(f"'{path}' is no .safetensors file; a candidate is that, a diffusers folder or a UNet folder")
+        return cls(pipeline.folder_digest(place) if place.is_dir() else sha256(place), path)
+
+    def images(self, task: Any) -> Mapping[str, ImageSet]:
+        """None."""
+        return {}
+
+    def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
+        """Overwrite the weights, after checking every name, shape and value."""
+        place = Path(self.path)
+        tensors = _folder(place, self.path) if place.is_dir() else _file(place, pipe)
+        if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+            raise StoreError(f"the candidate's '{broken[0]}' holds NaN or infinite values; {len(broken)} such tensors in '{self.path}'")
+        pipe.apply(tensors)
+
+
+def _folder(place: Path, path: str) -> dict[str, Tensor]:
+    """The tensors of a whole pipeline, or of a UNet alone."""
+    if (place / "model_index.json").is_file():
+        other = pipeline.load(Base("", path))
+        return {name: p.detach() for name, p in other.named().items()}
+    try:
+        kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        parts = {"UNet2DConditionModel": ("unet", UNet2DConditionModel), "AutoencoderKL": ("vae", AutoencoderKL)}
+        part, cls = parts[kind]
+        model = cls.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"'{path}' is neither a diffusers pipeline nor a UNet folder: {error}") from error
+    return {f"{part}.{name}": p.detach() for name, p in model.named_parameters()}
+
+
+def _file(place: Path, pipe: Pipe) -> dict[str, Tensor]:
+    """The tensors of a delta, or what a LoRA amounts to when it is merged."""
+    try:
+        tensors = {name: tensor.float() for name, tensor in load_file(place).items()}
+    except SafetensorError as error:
+        raise StoreError(f"'{place}' is not a readable .safetensors file: {error}") from error
+    if not tensors:
+        raise StoreError(f"'{place}' holds no tensors")
+    if any("lora" in name.lower() for name in tensors):
+        return _merged(place, pipe, tensors)
+    return {name if name.startswith(tuple(f"{c}." for c in COMPONENTS)) else f"unet.{name}": t for name, t in tensors.items()}
+
+
+class _Loader(StableDiffusionLoraLoaderMixin):
+    """What diffusers needs to read a LoRA into our UNet and text encoder."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
+        self.components = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+
+
+def _merged(place: Path, pipe: Pipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    before = {name: p.detach().clone() for name, p in pipe.named().items()}
+    loader = _Loader(pipe)
+    try:
+        loader.load_lora_weights(dict(tensors))
+        loader.fuse_lora(components=["unet"])
+        loader.unload_lora_weights()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise StoreError(f"the LoRA '{place}' does not fit this model: {error}") from error
+    changed = {name: p.detach().clone() for name, p in pipe.named().items() if not torch.equal(p, before[name])}
+    if not changed:
+        raise StoreError(f"the LoRA '{place}' matches no layer of this model; was it trained for another architecture?")
+    with torch.no_grad():
+        for name in changed:
+            pipe.named()[name].copy_(before[name])
+    return changed

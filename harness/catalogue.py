@@ -1,0 +1,84 @@
+"""Names on the command line to stages: the folder is the registry. No torch until a class is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import SpecError, unknown
+
+CLASSES = {"unlearning": "Method", "finetuning": "Finetune", "relearning": "Attack", "detection": "Detector"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`esd:trains=u:eta=3` taken apart: a name and its fields as they were written."""
+
+    name: str
+    fields: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Read `name:field=value:field=value`."""
+        name, *parts = text.strip().split(":")
+        if not name or not all("=" in part for part in parts):
+            raise SpecError(f"cannot read '{text}'; write name:field=value:field=value, for example esd:trains=u:eta=3")
+        fields = tuple(tuple(part.split("=", 1)) for part in parts)
+        return cls(name, fields)  # type: ignore[arg-type]  # every part holds one '='
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{k}={v}" for k, v in self.fields)])
+
+
+def names(kind: str) -> list[str]:
+    """What a folder of the harness offers."""
+    return sorted(p.stem for p in (Path(__file__).parent / kind).glob("[!_]*.py"))
+
+
+def check(kind: str, name: str) -> str:
+    """The name, if the folder has it; otherwise an error that lists the folder and guesses."""
+    if name not in names(kind):
+        raise unknown(f"{kind} name", name, names(kind))
+    return name
+
+
+def find(kind: str, name: str) -> type[Any]:
+    """The class behind a name: `find("unlearning", "esd")` is `harness.unlearning.esd.Method`."""
+    module = importlib.import_module(f"harness.{kind}.{check(kind, name)}")
+    return typing.cast("type[Any]", getattr(module, CLASSES[kind]))
+
+
+def make(kind: str, spec: Spec, presets: Mapping[str, Any], **given: Any) -> Any:
+    """The stage: class defaults, then the model's presets, then `given`, then what the spec says."""
+    cls = find(kind, spec.name)
+    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+    written = {}
+    for name, text in spec.fields:
+        if name not in hints:
+            raise unknown(f"field of '{spec.name}'", name, hints)
+        written[name] = _value(text, hints[name], f"{spec.name}:{name}")
+    return cls(**{**presets.get(kind, {}).get(spec.name, {}), **given, **written})
+
+
+def _value(text: str, hint: Any, where: str) -> Any:
+    """`text` as a value of the field's type."""
+    allowed = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    options = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    try:
+        if options:
+            return {str(option): option for option in options}[text]
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return hint(text)
+    except (ValueError, KeyError):
+        raise SpecError(f"{where} must be {' or '.join(map(str, options)) or allowed.get(hint, hint)}, got '{text}'") from None
+
+
+def fields(stage: Any) -> dict[str, Any]:
+    """A stage's fields, for reports."""
+    return {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}

@@ -1,0 +1,91 @@
+"""A rate of a model, measured image by image until the answer is clear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.engine import Engine
+from harness.errors import SpecError
+from harness.spec import Group, ImageSet, Lineage, Sampler, seed_of
+from harness.stats import Rate, Sequential
+
+CHUNK = 20  # images drawn at a time after the floor; looked at round by round all the same
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A rate with the gate's word, and where its first images are (`wanted`)."""
+
+    rate: Rate
+    word: str
+    wanted: tuple[ImageSet, Sampler]
+
+
+def measure(
+    engine: Engine,
+    lineage: Lineage,
+    asked: Group,
+    detector: Any,
+    gate: Sequential,
+    seed: int = 0,
+    looked_for: str | None = None,
+    report: Callable[[Sequential], None] = lambda gate: None,
+) -> Measured:
+    """Feed `gate` with whole rounds, one new image per prompt of `asked`, until it has stopped.
+
+    A hit is an image whose most probable label is the concept that was asked for, or `looked_for` where that is
+    given. Image r of a prompt has the same noise under every model, so models are compared pair by pair.
+    """
+    concepts = [c for c in asked.concepts for _ in asked.prompts]
+    wanted_labels = [looked_for or c for c in concepts]
+    if strange := sorted(set(wanted_labels) - set(detector.labels)):
+        raise SpecError(f"the detector cannot see '{strange[0]}'; it knows {len(detector.labels)} labels, such as '{detector.labels[0]}'")
+    width, first, done = len(concepts), None, 0
+    while not gate.stopped:
+        rounds = max(1, (gate.floor - gate.n + width - 1) // width if gate.n < gate.floor else CHUNK // width)
+        wanted = (round_images(asked, range(done, done + rounds), seed), lineage.task.sampler)
+        first, done = first or wanted, done + rounds
+        hits = top_1(engine.scores(lineage, wanted, detector), detector.labels, wanted_labels * rounds)
+        for row in hits.split(width):
+            if not gate.stopped:
+                gate.feed(row.numpy())
+        report(gate)
+    if first is None:
+        raise SpecError("a rate needs a gate that has not stopped yet")
+    return Measured(gate.rate, gate.verdict, first)
+
+
+def round_images(asked: Group, rounds: range, seed: int) -> ImageSet:
+    """One image per prompt for each round."""
+    prompts = tuple(p for c in asked.concepts for p in asked.asking(c))
+    return ImageSet(prompts * len(rounds), tuple(seed_of("image", seed, p, r) for r in rounds for p in prompts))
+
+
+def top_1(scores: Tensor, labels: tuple[str, ...], wanted: list[str]) -> Tensor:
+    """Whether each image's most probable label is the wanted one, as 0/1 integers (n,)."""
+    index = torch.tensor([labels.index(label) for label in wanted])
+    return (scores.argmax(dim=1) == index).int()
+
+
+def held_out_loss(engine: Engine, lineage: Lineage, data: Group, draws: int = 4) -> Tensor:
+    """Diffusion loss (images,) on images of the base model that no fine-tune sees: one per prompt of `data`.
+
+    Timesteps and noise are the same for every lineage, so two results can be subtracted image by image.
+    """
+    chosen = ImageSet.of(data, 1, seed_of("held out"))
+    folder = engine.images(Lineage(lineage.base, lineage.task), (chosen, lineage.task.sampler))
+    images = engine.read_images(folder)
+    pipe = engine.load(lineage)
+    mean, _ = pipe.latents(images)
+    embeddings = pipe.encode(chosen.prompts)
+    losses = torch.zeros(len(mean))
+    with torch.no_grad():
+        for i in range(draws):
+            rng = torch.Generator().manual_seed(seed_of("held out", i))
+            losses += pipe.diffusion_losses(mean, embeddings, rng).cpu() / draws
+    return losses

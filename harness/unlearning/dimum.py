@@ -1,0 +1,72 @@
+"""DiMUM: memorise something else under the name to be forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from harness.data import Captioned
+from harness.errors import SpecError
+from harness.pipeline import Pipe
+from harness.spec import Group, ImageSet
+from harness.training import Run, train
+
+
+@dataclass(frozen=True)
+class Method:
+    """DiMUM (eq. 8-11 of "DiMRA and DiMUM", arXiv 2512.03564).
+
+    L = L_DM(theta; D_r) + lambda L_DM(theta; D_c). D_r is the retain set; D_c pairs images of the alternative
+    concept (the task's anchor) with the prompts of the forgotten one. Both are ordinary diffusion losses with the
+    true noise as target, so the optimum is a proper minimum. One double batch: 2F + 2B a step.
+
+    No public code. Differs from the paper: all images are drawn by the base model itself; lambda, which the
+    paper's text does not state, is 1 unless given; an image of the anchor under a prompt is paired with that prompt.
+    """
+
+    lam: float = 1.0  # the paper's lambda
+    steps: int = 1000
+    lr: float = 1e-5
+    batch: int = 4  # of each set
+    images_per_prompt: int = 5
+    trains: str = "unet"
+    seed: int = 0
+
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+
+    def images(self, task: Any) -> Mapping[str, ImageSet]:
+        """The retain set and the alternative's images, prompt by prompt as the target's."""
+        return {
+            "retain": ImageSet.of(task.retain, self.images_per_prompt, self.seed),
+            "alternative": ImageSet.of(self._alternative(task), self.images_per_prompt * len(task.erased.concepts), self.seed),
+        }
+
+    def _alternative(self, task: Any) -> Group:
+        if len(task.anchor.concepts) != 1:
+            raise SpecError(f"DiMUM pairs the target with one alternative, the task's anchor names {len(task.anchor.concepts)}")
+        return Group(task.anchor.concepts, task.erased.prompts)
+
+    def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
+        """Edit the group `trains` in place."""
+        sets = self.images(task)
+        retain = Captioned(pipe, run.images["retain"], sets["retain"].prompts)
+        forget = Captioned(pipe, run.images["alternative"], self._renamed(task, sets["alternative"]))
+
+        def batch_at(rng: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Generator]:
+            return *retain.batch(self.batch, rng), *forget.batch(self.batch, rng), rng
+
+        def loss(batch: tuple[Tensor, Tensor, Tensor, Tensor, Generator]) -> Tensor:
+            x_r, c_r, x_c, c_f, rng = batch
+            return pipe.diffusion_loss(x_r, c_r, rng) + self.lam * pipe.diffusion_loss(x_c, c_f, rng)
+
+        train(pipe.parameters(self.trains).values(), loss, batch_at, run, steps=self.steps, lr=self.lr)
+
+    def _renamed(self, task: Any, alternative: ImageSet) -> list[str]:
+        """Eq. 9: each image of the alternative under the prompt of a forgotten concept, in turn."""
+        names, anchor = task.erased.concepts, task.anchor.concepts[0]
+        return [p.replace(anchor, names[i % len(names)]) for i, p in enumerate(alternative.prompts)]
