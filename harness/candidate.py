@@ -89,7 +89,7 @@ def _file(place: Path, pipe: Pipe) -> dict[str, Tensor]:
     return {name if name.startswith(tuple(f"{c}." for c in COMPONENTS)) else f"unet.{name}": t for name, t in tensors.items()}
 
 
-class _Loader(StableDiffusionLoraLoaderMixin):
+class _Loader(StableDiffusionLoraLoaderMixin):  # type: ignore[misc]  # diffusers is not typed
     """What diffusers needs to read a LoRA into our UNet and text encoder."""
 
     def __init__(self, pipe: Pipe) -> None:

@@ -34,9 +34,7 @@ GROUPS: Mapping[str, Callable[[str], bool]] = {
     "unet.xattn": lambda name: name.startswith("unet.") and ".attn2." in name,
     "unet.xattn_kv": lambda name: name.startswith("unet.") and (".attn2.to_k." in name or ".attn2.to_v." in name),
     "unet.selfattn": lambda name: name.startswith("unet.") and ".attn1." in name,
-    "unet.noxattn": lambda name: (
-        name.startswith("unet.") and ".attn2." not in name and not name.removeprefix("unet.").startswith(_HEAD)
-    ),
+    "unet.noxattn": lambda name: name.startswith("unet.") and ".attn2." not in name and not name.removeprefix("unet.").startswith(_HEAD),
 }
 ALIASES = {"x": "unet.xattn", "x-strict": "unet.xattn_kv", "u": "unet.noxattn", "f": "unet", "selfattn": "unet.selfattn"}
 
@@ -196,7 +194,7 @@ class Pipe:
             posterior = self.vae.encode(chunk.to(self.device).float() / 127.5 - 1).latent_dist
             parts.append((posterior.mean, posterior.std))
         scale = self.vae.config.scaling_factor
-        return tuple(torch.cat(part) * scale for part in zip(*parts, strict=True))  # type: ignore[return-value]  # two parts
+        return tuple(torch.cat(part) * scale for part in zip(*parts, strict=True))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -22,9 +22,7 @@ VERDICTS = (HOLDS, BROKEN, INCONCLUSIVE, INVALID)
 def canonical(value: Any) -> Any:
     """`value` as plain JSON: dataclasses become objects without the fields marked `address=False`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata.get("address", True)
-        }
+        return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata.get("address", True)}
     if isinstance(value, Mapping):
         return {str(k): canonical(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -205,14 +203,18 @@ class Stage(Protocol):
     reads: ClassVar[tuple[str, ...]]  # the parts of the task it may see
 
     @property
-    def trains(self) -> str: ...  # the parameter group it may touch; the store verifies it
+    def trains(self) -> str:
+        """The parameter group it may touch; the engine verifies it."""
 
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """What all its randomness comes from."""
 
-    def images(self, task: Any) -> Mapping[str, ImageSet]: ...  # what the base model must draw for it first
+    def images(self, task: Any) -> Mapping[str, ImageSet]:
+        """What the base model must draw for it first."""
 
-    def __call__(self, pipe: Any, task: Any, run: Any) -> None: ...  # edits `pipe` in place
+    def __call__(self, pipe: Any, task: Any, run: Any) -> None:
+        """Edit `pipe` in place; `task` holds what `reads` names, `run` the images, the seed and where to start."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Rate:
         return self.k / self.n
 
     def __str__(self) -> str:
-        """Like `3/40 = .075 [.02, .19]`; bounds are rounded outwards, so that no digit claims more than was shown."""
+        """Like `3/40 = .075 [0, .25]`; bounds are rounded outwards, so that no digit claims more than was shown."""
         shown = self.value, np.floor(self.low * 100) / 100, np.ceil(self.high * 100) / 100
         value, low, high = (f"{x:.3f}".strip("0").rstrip(".") or "0" for x in shown)
         return f"{self.k}/{self.n} = {value} [{low}, {high}]"

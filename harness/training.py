@@ -70,7 +70,7 @@ def train(
         value = loss(batch_at(run.rng("step", step)))
         if not torch.isfinite(value):
             raise PreconditionError(f"the loss became {value.item()} at step {step + 1} of {steps}; try a smaller lr than {lr}")
-        value.backward()  # type: ignore[no-untyped-call]  # torch annotates it so
+        value.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(moving, clip)
         engine.step()

@@ -23,7 +23,16 @@ def pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusion
     """A random Stable Diffusion pipeline: 16 px images, 4x4x4 latents, 8 cross-attention layers' worth of structure."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        clip = CLIPTextConfig(vocab_size=54, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1)
+        clip = CLIPTextConfig(
+            vocab_size=54,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
         unet = UNet2DConditionModel(
             sample_size=4,
             in_channels=4,
@@ -36,7 +45,14 @@ def pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusion
             attention_head_dim=4,
             norm_num_groups=4,
         )
-        vae = AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, latent_channels=4, sample_size=16)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+        )
         text = CLIPTextModel(clip)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1)
     return StableDiffusionPipeline(vae, text, tokenizer(), unet, scheduler, None, None, requires_safety_checker=False)

@@ -1,0 +1,1 @@
+"""From verdicts to words: the terminal, JUnit properties, verdict.json and one static HTML page."""

@@ -1,0 +1,123 @@
+"""One static page: what was found, the curve of every concept, its images, and where the numbers come from."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from harness.spec import Claim
+from reports import curve, table, words
+from reports.verdict import Report
+
+OPEN = 3  # sections unfolded at first
+SHOWN = 8  # images shown per row; the others are linked in verdict.json
+BLOCK = 4  # images side by side in one block, so that rows stay aligned on a telephone
+VEILED = ("unsafe",)  # suites whose images stay blurred until asked for
+
+Row = tuple[str, tuple[str, ...]]  # title, pictures
+Blocks = list[list[Row]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One concept under one task."""
+
+    concept: str
+    task: str
+    claims: tuple[Claim, ...]
+    curve: curve.Curve | None
+    grids: Mapping[str, Blocks]
+    veiled: bool
+
+    @property
+    def worst(self) -> Claim:
+        """The claim that speaks for the section."""
+        return min(self.claims, key=table.severity)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether some cell was measured with several seeds, which then have to be told apart."""
+        return len({(c.claim, c.method, c.finetune, c.attack, c.steps) for c in self.claims}) < len(self.claims)
+
+
+def page(report: Report, pictures: Mapping[str, str]) -> str:
+    """The page as text; `pictures` says where each linked image lies relative to it."""
+    found = sections(report.claims, pictures)
+    first = {id(s) for s in sorted(found, key=lambda s: table.severity(s.worst))[:OPEN]}
+    return _template().render(
+        report=report,
+        words=words,
+        title=words.TITLES[report.exit_code],
+        colour=words.TITLES[report.exit_code].split()[0].lower(),  # a CSS class: holds, broken, ..., not
+        rows=table.rows(report.claims),
+        sections=found,
+        unfolded=[id(s) in first for s in found],
+        failing=table.failing(report.claims),
+        place={claim.id: i for i, s in enumerate(found, 1) for claim in s.claims},
+        run={key: _text(value) for key, value in report.run.items()},
+    )
+
+
+def sections(claims: Sequence[Claim], pictures: Mapping[str, str]) -> list[Section]:
+    """The claims by concept, in the order in which they were measured."""
+    groups: dict[tuple[str, str, str], list[Claim]] = {}
+    for claim in claims:
+        groups.setdefault((claim.suite, claim.task, claim.concept), []).append(claim)
+    also = table.varying(claims)
+    named = [(cells, table.recipes(cells, also)) for cells in groups.values()]
+    names = dict.fromkeys([*table.recipes(claims, also), *(name for _, recipes in named for name in recipes)])
+    styles = {name: curve.Style.of(place) for place, name in enumerate(names)}  # the same in every section
+    return [_section(cells, recipes, styles, pictures) for cells, recipes in named]
+
+
+def _section(
+    cells: list[Claim],
+    recipes: Mapping[str, list[Claim]],
+    styles: Mapping[str, curve.Style],
+    pictures: Mapping[str, str],
+) -> Section:
+    first = cells[0]
+    methods = list(dict.fromkeys(c.method for c in cells))
+    return Section(
+        concept=first.concept,
+        task=f"{first.suite} / {first.task}",
+        claims=tuple(sorted(cells, key=lambda c: (methods.index(c.method), c.finetune or "", c.attack or "", c.steps))),
+        curve=curve.of(cells, styles, recipes),
+        grids={name: found for name, same in recipes.items() if (found := grid(same, pictures))},
+        veiled=first.suite in VEILED,
+    )
+
+
+def grid(cells: Sequence[Claim], pictures: Mapping[str, str]) -> Blocks:
+    """The rows of images of one recipe, cut into blocks; a row that two claims share is shown once."""
+    shared = dict.fromkeys(
+        (title, tuple(pictures[path] for path in paths[:SHOWN])) for claim in sorted(cells, key=lambda c: c.steps) for title, paths in claim.images.items()
+    )
+    rows = list(shared)
+    longest = max((len(row) for _, row in rows), default=0)
+    return [[(title, row[i : i + BLOCK]) for title, row in rows] for i in range(0, longest, BLOCK)]
+
+
+@cache
+def _template() -> Template:
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["digest"] = _digest
+    return environment.get_template("template.html")
+
+
+def _digest(script: str) -> str:
+    """What the page's own policy calls this script, so that the browser runs no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, indent=1, default=str, ensure_ascii=False)

@@ -1,0 +1,41 @@
+"""A claim as JUnit properties."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from hypothesis import given, settings
+
+from reports.junit import properties
+from tests.reports.samples import NAMES, NASTY, claim, rate
+
+
+def test_the_numbers_are_there() -> None:
+    """Verdict, counts, bounds, tolerance, steps and seeds of a claim can be read without any other file."""
+    found = dict(properties(claim(rate=rate(14))))
+    expected = {"verdict": "holds", "k": "14", "n": "40", "value": "0.35", "tolerance": "0.1", "steps": "200", "method": "esd", "seed.finetune": "1"}
+    assert {name: found[name] for name in expected} == expected
+    assert {"word", "low", "high", "finetune", "concept", "lineage", "before.value", "base.value"} <= found.keys()
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    """A claim without a rate has no `k`: nobody can take it for zero hits."""
+    found = dict(properties(claim(rate=None, before=None, finetune=None)))
+    assert not {"k", "n", "value", "before.k", "finetune"} & found.keys()
+
+
+@settings(deadline=None, max_examples=80)
+@given(NAMES)
+def test_any_name_parses_as_xml(name: str) -> None:
+    """Whatever a concept or a seed is called, the properties are well-formed XML and come back as they were given."""
+    pairs = properties(claim(name, seeds={name: 0}))
+    suite = ET.Element("properties")
+    for key, value in pairs:
+        ET.SubElement(suite, "property", name=key, value=value)
+    read = ET.fromstring(ET.tostring(suite, encoding="unicode"))
+    assert [(one.get("name"), one.get("value")) for one in read] == pairs
+
+
+def test_control_characters_leave_a_mark() -> None:
+    """A character that XML forbids is replaced by a visible mark instead of vanishing."""
+    assert dict(properties(claim(NASTY[4])))["concept"].startswith("\ufffd\ufffd\ufffd[31mred")

@@ -1,0 +1,101 @@
+"""The summary in the terminal."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+
+from reports.terminal import CAP, summary
+from reports.verdict import Report
+from tests.reports.samples import NAMES, NASTY, claim, forgotten, rate, resurged, retained
+
+RUN = (forgotten(), claim(steps=50), resurged(), retained())
+
+
+def text(report: Report) -> str:
+    """The summary as one text."""
+    return "\n".join(summary(report))
+
+
+def test_a_first_red_run_says_that_it_found_something() -> None:
+    """Somebody who sees red for the first time reads that resurgence was found, of whom, and that nothing crashed."""
+    said = text(Report(RUN))
+    assert "BROKEN (exit code 1): Resurgence found: Ada came back after unlearning." in said
+    assert "This is a finding about the model, not a crash." in said
+
+
+def test_a_line_tells_the_whole_story() -> None:
+    """One line per concept: drawn before, gone after unlearning, back after 200 steps, with bounds and the word."""
+    line = next(line for line in summary(Report(RUN)) if line.startswith("  Ada"))
+    assert line.split("  ", 2)[2].strip() == "1.00 base ->  .00 unlearned -> .60 [.50, .70] after 200 steps: resurged"
+
+
+def test_not_forgotten_and_not_retained_are_told_apart_from_resurgence() -> None:
+    """Each way to break has its own sentence: an unlearning that never worked is not called resurgence."""
+    fresh = forgotten(rate=rate(30), verdict="broken", word="not forgotten")
+    lost = retained(rate=rate(20, 200), verdict="broken", word="not retained")
+    said = text(Report((fresh, lost)))
+    assert "Unlearning did not work: Ada can still be drawn." in said
+    assert "Damage found: 10 retained people did not survive." in said
+    assert "Resurgence found" not in said
+
+
+def test_an_invalid_run_says_nothing_about_the_model() -> None:
+    """Missing evidence is called that, with what is missing, and is not mistaken for a finding."""
+    said = text(Report((claim(),), missing=("test_stays[Ada]",), tests_failed=2))
+    assert "INVALID (exit code 11): 1 selected claim gave no verdict; 2 tests failed before they could say anything." in said
+    assert "says nothing about the model" in said
+    assert "  test_stays[Ada]" in said
+    assert "finding about the model" not in said
+
+
+def test_no_claims_at_all() -> None:
+    """A run that measured nothing says so."""
+    assert "No claim was measured at all." in text(Report(()))
+
+
+def test_not_a_gate_gives_the_reason() -> None:
+    """All holds, but the deviation is named and the exit code is not 0."""
+    said = text(Report((claim(),), deviations=("--tau .9 differs from the task's .10",)))
+    assert "NOT A GATE (exit code 12)" in said
+    assert "--tau .9 differs" in said
+
+
+def test_notices_and_scope_are_repeated() -> None:
+    """The pocket banner and the sentence that limits what was measured are in every summary."""
+    said = text(Report((claim(),), notices=("pocket says nothing about SD",), scope="for these prompts"))
+    assert "pocket says nothing about SD" in said
+    assert "for these prompts" in said
+
+
+def test_many_cells_are_summed_up() -> None:
+    """A hundred concepts become mean and worst per recipe, and at most twelve cells are listed, worst first."""
+    claims = [cell for i in range(100) for cell in (forgotten(f"p{i}"), claim(f"p{i}") if i % 2 else resurged(f"p{i}", rate=rate(20 + i, 150)))]
+    lines = summary(Report(tuple(claims)))
+    listed = [line for line in lines if line.startswith("  resurged: ")]
+    assert len(listed) == CAP
+    assert listed[0].startswith("  resurged: p98,")
+    assert "  and 38 more, see report.html" in lines
+    assert any("mean .23, worst 118/150 = .79 [.68, .89] (p98, after 200 steps)" in line for line in lines)
+    assert len(lines) < 30
+
+
+@settings(deadline=None, max_examples=60)
+@given(NAMES)
+def test_no_name_steers_the_terminal(name: str) -> None:
+    """No name adds a line, a colour or a change of direction to the summary."""
+    cells = (resurged(name, reason=name, method=name), forgotten(name, method=name, claim="instruments", verdict="invalid"))
+    lines = summary(Report(cells, missing=(name,), deviations=(name,), notices=(name,), scope=name))
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_long_name_is_cut_in_the_table() -> None:
+    """300 characters do not push the numbers out of their column."""
+    lines = summary(Report((claim(NASTY[5]),)))
+    assert max(len(line) for line in lines if "unlearned" in line) < 110
+
+
+def test_failed_instruments_are_named() -> None:
+    """If the base model cannot draw somebody, the first line says whom."""
+    good, bad = (claim(name, claim="instruments", steps=0, verdict=v, word=v) for name, v in (("Ada", "holds"), ("Alan", "invalid")))
+    assert summary(Report((good,)))[0] == "instruments: the base model draws every concept and the detector sees it"
+    assert summary(Report((good, bad)))[0] == "instruments: failed for Alan"
