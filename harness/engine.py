@@ -22,6 +22,7 @@ from harness.store import Store
 from harness.training import Run
 
 Progress = Callable[[str], None]
+Wanted = tuple[ImageSet, Sampler]  # which images, drawn how
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Engine:
     def _root(self, lineage: Lineage) -> Lineage:
         return Lineage(lineage.base, lineage.task)
 
-    def _needed(self, lineage: Lineage) -> list[tuple[str, tuple[ImageSet, Sampler]]]:
+    def _needed(self, lineage: Lineage) -> list[tuple[str, Wanted]]:
         """The image sets that the last stage wants from the base model."""
         stage = lineage.stages[-1]
         sets = stage.images(lineage.task.view(stage.reads))
@@ -169,7 +170,7 @@ class Engine:
 
     # --- images and scores ---------------------------------------------------------------------------------------
 
-    def images(self, lineage: Lineage, wanted: tuple[ImageSet, Sampler]) -> Path:
+    def images(self, lineage: Lineage, wanted: Wanted) -> Path:
         """Folder of the images that `lineage` draws; `images.safetensors` holds uint8 (n, 3, H, W)."""
         folder = self._image_folder(lineage, wanted)
         if self._hit(folder):
@@ -183,14 +184,14 @@ class Engine:
                 self._publish(folder, record, images={"images": images})
         return folder
 
-    def _image_folder(self, lineage: Lineage, wanted: tuple[ImageSet, Sampler]) -> Path:
+    def _image_folder(self, lineage: Lineage, wanted: Wanted) -> Path:
         return self.store.folder("images", key([lineage.key, *wanted]))
 
     def read_images(self, folder: Path) -> Tensor:
         """uint8 (n, 3, H, W) from a folder that `images` gave."""
         return self._tensors(folder, "images.safetensors")["images"]
 
-    def scores(self, lineage: Lineage, wanted: tuple[ImageSet, Sampler], detector: Any) -> Tensor:
+    def scores(self, lineage: Lineage, wanted: Wanted, detector: Any) -> Tensor:
         """What the detector sees in those images: probabilities (n, classes)."""
         images = self.images(lineage, wanted)
         folder = self.store.folder("scores", key([images.name, detector.address]))
@@ -202,7 +203,7 @@ class Engine:
             self._publish(folder, record, scores={"scores": scores})
         return self._tensors(folder, "scores.safetensors")["scores"]
 
-    def pictures(self, lineage: Lineage, wanted: tuple[ImageSet, Sampler], count: int) -> tuple[str, ...]:
+    def pictures(self, lineage: Lineage, wanted: Wanted, count: int) -> tuple[str, ...]:
         """Paths of the first `count` images as PNG files, for people to look at."""
         source = self.images(lineage, wanted)
         folder = self.store.folder("pictures", f"{source.name}-{count}")
@@ -228,13 +229,14 @@ class Engine:
 
     # --- working together ----------------------------------------------------------------------------------------
 
-    def build(self, lineages: Iterable[Lineage]) -> dict[str, ResurgenceError]:
-        """Make all these checkpoints, sharing the work with other processes on the same store.
+    def build(self, lineages: Iterable[Lineage], pictures: Iterable[tuple[Lineage, Wanted]] = ()) -> dict[str, ResurgenceError]:
+        """Make all these checkpoints and images, sharing the work with other processes on the same store.
 
         Takes whatever is missing and not being made by another; waits only when nothing else is left to do.
         Returns the error of each lineage that could not be made, by its key; the others are there.
         """
-        jobs = self._jobs(lineages)
+        lineages = list(lineages)
+        jobs = self._jobs(lineages, pictures)
         failures: dict[Path, ResurgenceError] = {}
         while open_jobs := [j for j in jobs if j.folder not in failures and not self.store.has(j.folder)]:
             for job in open_jobs:
@@ -257,7 +259,7 @@ class Engine:
                 failures[job.folder] = error
             return True
 
-    def _jobs(self, lineages: Iterable[Lineage]) -> list[Job]:
+    def _jobs(self, lineages: Iterable[Lineage], pictures: Iterable[tuple[Lineage, Wanted]]) -> list[Job]:
         jobs: dict[Path, Job] = {}
         for lineage in sorted(lineages, key=lambda each: each.steps):
             for depth in range(1, len(lineage.stages) + 1):
@@ -268,6 +270,9 @@ class Engine:
                     needs.append(folder)
                     jobs.setdefault(folder, Job(folder, folder.name, (), lambda r=root, w=wanted: self.images(r, w)))  # type: ignore[misc]
                 jobs.setdefault(self.folder(part), Job(self.folder(part), part.trajectory, tuple(needs), lambda p=part: self.checkpoint(p)))  # type: ignore[misc]
+        for lineage, wanted in pictures:
+            folder, needs = self._image_folder(lineage, wanted), (self.folder(lineage),) if lineage.stages else ()
+            jobs.setdefault(folder, Job(folder, folder.name, needs, lambda each=lineage, w=wanted: self.images(each, w)))  # type: ignore[misc]
         return list(jobs.values())
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.engine import Engine
+from harness.engine import Engine, Wanted
 from harness.errors import SpecError
-from harness.spec import Group, ImageSet, Lineage, Sampler, seed_of
+from harness.spec import Group, ImageSet, Lineage, seed_of
 from harness.stats import Rate, Sequential
 
 CHUNK = 20  # images drawn at a time after the floor; looked at round by round all the same
@@ -23,7 +23,7 @@ class Measured:
 
     rate: Rate
     word: str
-    wanted: tuple[ImageSet, Sampler]
+    wanted: Wanted
 
 
 def measure(
@@ -50,8 +50,7 @@ def measure(
         rounds = max(1, (gate.floor - gate.n + width - 1) // width if gate.n < gate.floor else CHUNK // width)
         wanted = (round_images(asked, range(done, done + rounds), seed), lineage.task.sampler)
         first, done = first or wanted, done + rounds
-        hits = top_1(engine.scores(lineage, wanted, detector), detector.labels, wanted_labels * rounds)
-        for row in hits.split(width):
+        for row in hits(engine, lineage, wanted, detector, wanted_labels):
             if not gate.stopped:
                 gate.feed(row.numpy())
         report(gate)
@@ -60,16 +59,17 @@ def measure(
     return Measured(gate.rate, gate.verdict, first)
 
 
+def hits(engine: Engine, lineage: Lineage, wanted: Wanted, detector: Any, labels: list[str]) -> Tensor:
+    """Whether the most probable label is the wanted one, as 0/1 integers (rounds, prompts); `labels` are one round's."""
+    scores = engine.scores(lineage, wanted, detector)
+    index = torch.tensor([detector.labels.index(label) for label in labels]).repeat(len(scores) // len(labels))
+    return (scores.argmax(dim=1) == index).int().view(-1, len(labels))
+
+
 def round_images(asked: Group, rounds: range, seed: int) -> ImageSet:
     """One image per prompt for each round."""
     prompts = tuple(p for c in asked.concepts for p in asked.asking(c))
     return ImageSet(prompts * len(rounds), tuple(seed_of("image", seed, p, r) for r in rounds for p in prompts))
-
-
-def top_1(scores: Tensor, labels: tuple[str, ...], wanted: list[str]) -> Tensor:
-    """Whether each image's most probable label is the wanted one, as 0/1 integers (n,)."""
-    index = torch.tensor([labels.index(label) for label in wanted])
-    return (scores.argmax(dim=1) == index).int()
 
 
 def held_out_loss(engine: Engine, lineage: Lineage, data: Group, draws: int = 4) -> Tensor:

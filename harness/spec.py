@@ -305,6 +305,8 @@ class Claim:
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
             raise unknown("verdict", self.verdict, VERDICTS)
+        if self.verdict != INVALID and self.rate is None:
+            raise SpecError(f"claim '{self.id}' says '{self.verdict}' without a rate; only 'invalid' needs no evidence")
 
     def __str__(self) -> str:
         """The sentence and the numbers: what a failing test prints."""

@@ -91,8 +91,7 @@ def test_the_curve_is_drawn() -> None:
     assert svg.count("<polyline") == svg.count("<polygon") == 2
     assert "<title>esd, then in-domain, 200 steps: 24/40 = .60 [.50, .70]</title>" in svg
     assert 'aria-label="Rate of Ada over fine-tuning steps. esd, then in-domain: .00 at step 0, .00 at step 50, .60 at step 200; uce' in svg
-    assert 'class="tolerance"' in svg
-    assert 'class="base"' in svg
+    assert [svg.count(f'class="{line}"') for line in ("tolerance", "base")] == [2, 2]  # the line and its legend
     assert "steps of fine-tuning after unlearning</text>" in svg
     assert "share of images</text>" in svg
     assert svg.count('<svg class="swatch') == 4
