@@ -194,14 +194,21 @@ class Engine:
     def scores(self, lineage: Lineage, wanted: Wanted, detector: Any) -> Tensor:
         """What the detector sees in those images: probabilities (n, classes)."""
         images = self.images(lineage, wanted)
-        folder = self.store.folder("scores", key([images.name, detector.address]))
-        if not self.store.has(folder):
-            scores = detector(self.read_images(images).float() / 255).cpu()
+
+        def look() -> Tensor:
+            scores: Tensor = detector(self.read_images(images).float() / 255).cpu()
             if not torch.isfinite(scores).all():
                 raise PreconditionError(f"detector {detector.address} gave scores that are not finite")
-            record = {"images": images.name, "detector": detector.address}
-            self._publish(folder, record, scores={"scores": scores})
-        return self._tensors(folder, "scores.safetensors")["scores"]
+            return scores
+
+        return self.kept("scores", {"images": images.name, "detector": detector.address}, look)
+
+    def kept(self, kind: str, what: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is made once: `what` is its address and its record."""
+        folder = self.store.folder(kind, key(what))
+        if not self._hit(folder):
+            self._publish(folder, what, **{kind: {kind: make()}})
+        return self._tensors(folder, f"{kind}.safetensors")[kind]
 
     def pictures(self, lineage: Lineage, wanted: Wanted, count: int) -> tuple[str, ...]:
         """Paths of the first `count` images as PNG files, for people to look at."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.engine import Engine, Wanted
 from harness.errors import SpecError
-from harness.spec import Group, ImageSet, Lineage, seed_of
+from harness.spec import Group, ImageSet, Lineage, key, seed_of
 from harness.stats import Rate, Sequential
 
 CHUNK = 20  # images drawn at a time after the floor; looked at round by round all the same
@@ -77,15 +77,15 @@ def held_out_loss(engine: Engine, lineage: Lineage, data: Group, draws: int = 4)
 
     Timesteps and noise are the same for every lineage, so two results can be subtracted image by image.
     """
-    chosen = ImageSet.of(data, 1, seed_of("held out"))
-    folder = engine.images(Lineage(lineage.base, lineage.task), (chosen, lineage.task.sampler))
-    images = engine.read_images(folder)
-    pipe = engine.load(lineage)
-    mean, _ = pipe.latents(images)
-    embeddings = pipe.encode(chosen.prompts)
-    losses = torch.zeros(len(mean))
-    with torch.no_grad():
-        for i in range(draws):
-            rng = torch.Generator().manual_seed(seed_of("held out", i))
-            losses += pipe.diffusion_losses(mean, embeddings, rng).cpu() / draws
-    return losses
+    wanted = (ImageSet.of(data, 1, seed_of("held out")), lineage.task.sampler)
+
+    def look() -> Tensor:
+        images = engine.read_images(engine.images(Lineage(lineage.base, lineage.task), wanted))
+        pipe = engine.load(lineage)
+        mean, _ = pipe.latents(images)
+        embeddings = pipe.encode(wanted[0].prompts)
+        generators = (torch.Generator().manual_seed(seed_of("held out", i)) for i in range(draws))
+        with torch.no_grad():
+            return torch.stack([pipe.diffusion_losses(mean, embeddings, rng) for rng in generators]).mean(0).cpu()
+
+    return engine.kept("losses", {"lineage": lineage.key, "images": key(wanted), "draws": draws}, look)

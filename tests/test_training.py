@@ -1,0 +1,132 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.errors import PreconditionError
+from harness.training import OPTIMIZERS, Run, train
+
+START = (1.0, -2.0, 0.5)
+
+
+def fit(run: Run, steps: int, start=START, **how) -> torch.Tensor:
+    """A weight vector after `steps` steps towards random points."""
+    weight = torch.tensor(start, requires_grad=True)
+    train([weight], lambda point: (weight - point).square().sum(), lambda rng: torch.randn(3, generator=rng), run, steps=steps, lr=0.1, **how)
+    return weight.detach()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("cut", [1, 4, 9])
+def test_a_resumed_run_equals_an_unbroken_one(optimizer, cut):
+    """Weights and state after 10 steps are the same bits whether or not the run stopped on the way."""
+    unbroken, first = Run(seed=1), Run(seed=1)
+    expected = fit(unbroken, 10, optimizer=optimizer, weight_decay=0.1, clip=1.0)
+    middle = fit(first, cut, optimizer=optimizer, weight_decay=0.1, clip=1.0)
+    second = Run(seed=1, start=cut, state=first.state)
+    assert torch.equal(expected, fit(second, 10, start=middle.tolist(), optimizer=optimizer, weight_decay=0.1, clip=1.0))
+    assert unbroken.losses == first.losses + second.losses
+    assert unbroken.state.keys() == second.state.keys()
+    assert all(torch.equal(tensor, second.state[name]) for name, tensor in unbroken.state.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_resuming_needs_the_optimizers_state(optimizer):
+    """The control of the test above: weights alone do not continue Adam."""
+    middle = fit(Run(seed=1), 4, optimizer=optimizer)
+    assert not torch.equal(fit(Run(seed=1), 10, optimizer=optimizer), fit(Run(seed=1, start=4), 10, start=middle.tolist(), optimizer=optimizer))
+
+
+def test_the_state_is_a_flat_dictionary_of_tensors():
+    """Adam's state after 3 steps, as a safetensors file can hold it."""
+    run = Run(seed=1)
+    fit(run, 3)
+    assert {"0.step", "0.exp_avg", "0.exp_avg_sq"} == set(run.state)
+    assert run.state["0.step"].item() == 3
+    assert all(isinstance(value, torch.Tensor) for value in run.state.values())
+
+
+def test_the_given_state_is_not_written_to():
+    """Resuming twice from one state gives the same result twice."""
+    first = Run(seed=1)
+    middle = fit(first, 4).tolist()
+    once, twice = (fit(Run(seed=1, start=4, state=first.state), 8, start=middle) for _ in range(2))
+    assert torch.equal(once, twice)
+    assert first.state["0.step"].item() == 4
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_no_step_left_changes_nothing(steps):
+    """A run that has its steps already leaves the weights and keeps the state."""
+    first = Run(seed=1)
+    fit(first, steps)
+    again = Run(seed=1, start=steps, state=first.state)
+    assert torch.equal(torch.tensor(START), fit(again, steps))
+    assert first.state.keys() == again.state.keys()
+    assert all(torch.equal(tensor, again.state[name]) for name, tensor in first.state.items())
+
+
+def test_clip_bounds_the_gradients_norm():
+    """A gradient of norm 10 moves the weights by the clip; a short one by its own length."""
+
+    def moved(clip: float | None) -> float:
+        weight = torch.zeros(2, requires_grad=True)
+        train([weight], lambda g: weight @ g, lambda rng: torch.tensor([6.0, 8.0]), Run(0), steps=1, lr=1.0, optimizer="sgd", clip=clip)
+        return weight.detach().norm().item()
+
+    assert moved(None) == pytest.approx(10)
+    assert moved(0.5) == pytest.approx(0.5, rel=1e-5)
+    assert moved(20) == pytest.approx(10)
+
+
+def test_weight_decay_reaches_the_optimizer():
+    """SGD without a gradient shrinks the weights by lr times weight decay."""
+    weight = torch.tensor([2.0], requires_grad=True)
+    train([weight], lambda _: 0 * weight.sum(), lambda rng: None, Run(0), steps=1, lr=0.1, optimizer="sgd", weight_decay=0.5)
+    assert weight.item() == pytest.approx(2 * (1 - 0.05))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(bad):
+    """The error says where, and which learning rate to lower; the weights do not become NaN."""
+    weight, factors = torch.ones(1, requires_grad=True), iter([1.0, 1.0, bad])
+    with pytest.raises(PreconditionError, match=r"(nan|inf) at step 3 of 5; try a smaller lr than 0.25"):
+        train([weight], lambda f: f * weight.sum(), lambda rng: next(factors), Run(0), steps=5, lr=0.25, optimizer="sgd")
+    assert weight.item() == 0.5
+
+
+def test_batches_depend_on_seed_and_absolute_step_only():
+    """Step i draws the same batch whatever the run's length or start; another seed draws another."""
+
+    def batches(run: Run, steps: int) -> list[float]:
+        seen: list[float] = []
+        weight = torch.zeros(1, requires_grad=True)
+        train([weight], lambda x: weight.sum() * x, lambda rng: seen.append(torch.rand((), generator=rng).item()) or seen[-1], run, steps=steps, lr=0.1)
+        return seen
+
+    whole = batches(Run(seed=1), 6)
+    assert len(set(whole)) == 6
+    assert batches(Run(seed=1), 3) == whole[:3]
+    assert batches(Run(seed=1, start=3), 6) == whole[3:]
+    assert not set(whole) & set(batches(Run(seed=2), 6))
+
+
+def test_a_generator_is_the_same_for_the_same_salt():
+    """`Run.rng` does not remember what was drawn before."""
+    run = Run(seed=3)
+    first = torch.rand(4, generator=run.rng("a", 1))
+    run.rng("b")
+    assert torch.equal(first, torch.rand(4, generator=run.rng("a", 1)))
+    assert not torch.equal(first, torch.rand(4, generator=run.rng("a", 2)))
+    assert not torch.equal(first, torch.rand(4, generator=Run(seed=4).rng("a", 1)))
+
+
+def test_every_step_is_reported():
+    """Step, steps and loss, from the first step that is taken on."""
+    lines: list[tuple[int, int, float]] = []
+    run = Run(seed=1, start=2, report=lambda *line: lines.append(line))
+    fit(run, 5)
+    assert [(3, 5), (4, 5), (5, 5)] == [line[:2] for line in lines]
+    assert run.losses == [line[2] for line in lines]
