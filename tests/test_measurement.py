@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from harness.errors import SpecError
 from harness.finetuning.full import Finetune
 from harness.measurement import held_out_loss, hits, measure, round_images
 from harness.pipeline import Pipe
-from harness.spec import Base, Group, ImageSet, Lineage, Sampler
+from harness.spec import Base, Group, ImageSet, Lineage, Sampler, key
 from harness.stats import Sequential
 from tests import tiny
 from tests.unlearning import _small as small
@@ -234,6 +234,7 @@ class Models:
         tuned = self.pipes[TUNED.key]
         tuned.apply({name: p + 0.05 * torch.randn(p.shape, generator=rng) for name, p in tuned.named().items() if name.startswith("unet.")})
         self.asked: list[tuple[Lineage, ImageSet, Sampler]] = []
+        self.addresses: list[str] = []
 
     def images(self, lineage: Lineage, wanted: tuple[ImageSet, Sampler]) -> int:
         """The number of pictures instead of a folder."""
@@ -247,6 +248,11 @@ class Models:
     def load(self, lineage: Lineage) -> Pipe:
         """The lineage's model."""
         return self.pipes[lineage.key]
+
+    def kept(self, kind: str, what: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
+        """Nothing is kept; the address is noted."""
+        self.addresses.append(key([kind, what]))
+        return make()
 
 
 DATA = tiny.task().finetune["in"]  # f and g under two prompts
@@ -290,6 +296,18 @@ def test_the_loss_is_the_mean_squared_error_over_the_draws() -> None:
     assert len(expected) == 3
     assert len({tuple(each.t.tolist()) for each in seen}) == 3
     assert torch.allclose(losses, torch.stack(expected).mean(0), rtol=1e-3)
+
+
+def test_a_kept_loss_is_found_by_all_that_it_depends_on() -> None:
+    """The same question has the same address; another model, other held-out images, another sampler or number of draws has another."""
+    engine = Models()
+    coarse = Lineage(ROOT.base, replace(tiny.task(), sampler=Sampler(1, 1.0)))
+    questions = [(ROOT, DATA, 1), (ROOT, DATA, 1), (TUNED, DATA, 1), (ROOT, Group(("f",), ("a {}",)), 1), (ROOT, DATA, 2), (coarse, DATA, 1)]
+    for lineage, data, draws in questions:
+        held_out_loss(engine, lineage, data, draws)
+    first, again, *others = engine.addresses
+    assert first == again
+    assert len({first, *others}) == 5
 
 
 def test_the_held_out_images_are_the_base_models_own_one_per_prompt() -> None:

@@ -251,6 +251,12 @@ def test_a_method_runs_from_unlearned_to_the_longest_fine_tune() -> None:
     assert {c.concept for c in found} == {"2 retained concepts"}
 
 
+def test_an_unknown_claim_is_refused_with_a_guess() -> None:
+    """A suite whose marker is misspelt hears which claims there are."""
+    with pytest.raises(SpecError, match=r"unknown claim 'forgoten'; allowed: .*Did you mean 'forgotten'"):
+        parsed().cells("forgoten", TASK)
+
+
 def test_smoke_asks_about_the_first_two_people_only() -> None:
     """The task that is measured has the first two, and a tau that was written; every other promise is the task's."""
     smoke, standard = (parsed("--profile", name, "--tau", "0.3").applied(TASK) for name in ("smoke", "standard"))
@@ -289,6 +295,7 @@ def test_the_standard_profile_and_more_is_a_gate(written: list[str]) -> None:
         (["--alpha", "0.1"], ["--alpha 0.1 differs from the task's own 0.05"]),
         (["--no-control"], ["--no-control: nothing shows that this fine-tune can bring a concept back"]),
         (["--steps", "50"], ["12 of the 39 claims of the standard profile are not selected"]),
+        (["--steps", "50", "--seeds", "3"], ["12 of the 39 claims"]),
         (["--method", "esd,uce"], ["12 of the 39 claims"]),
         (["--method", "esd:eta=3,uce,dimum"], ["12 of the 39 claims"]),
         (["--finetune", "full-in"], ["24 of the 39 claims"]),

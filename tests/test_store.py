@@ -83,10 +83,12 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 
 
 def truncate(path: Path) -> None:
+    """Lose the last byte."""
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def flip(path: Path) -> None:
+    """Change one bit in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -102,7 +104,10 @@ def test_a_damaged_file_is_noticed(tmp_path, name, damage):
         store.read(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", "{}", '{"record": {}}', '{"files": {}}', '{"record": {}, "files": []}', '{"record": 1, "files": {}}', "\udcff"])
+RECORDS = ["", "{", "[]", "null", "7", "{}", '{"record": {}}', '{"files": {}}', '{"record": {}, "files": []}', '{"record": 1, "files": {}}', "\udcff"]
+
+
+@pytest.mark.parametrize("text", RECORDS)
 def test_a_damaged_record_is_noticed(tmp_path, text):
     """A record that `publish` would not have written is an error that says what to do."""
     store, folder = published(tmp_path)
@@ -189,6 +194,7 @@ def test_a_disk_that_fills_up_while_writing(tmp_path):
 
 
 def race(root: Path, start: Any, word: bytes, keys: int) -> int:
+    """Publish key after key, each at the same moment as the others."""
     store = Store(root)
     for i in range(keys):
         start.wait(PATIENCE)
@@ -275,6 +281,7 @@ def test_a_kill_at_a_random_moment_leaves_whole_artefacts(tmp_path, child):
 
 
 def hold(root: Path, name: str, ready: Any, release: Any) -> str:
+    """Take a lease and keep it until told."""
     with Store(root).lease(name) as mine:
         ready.set()
         release.wait(PATIENCE)
@@ -282,6 +289,7 @@ def hold(root: Path, name: str, ready: Any, release: Any) -> str:
 
 
 def ask(root: Path, name: str, wait: bool) -> bool:
+    """Whether the lease is granted; it is given back at once."""
     with Store(root).lease(name, wait) as mine:
         return mine
 

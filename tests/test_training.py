@@ -128,5 +128,5 @@ def test_every_step_is_reported():
     lines: list[tuple[int, int, float]] = []
     run = Run(seed=1, start=2, report=lambda *line: lines.append(line))
     fit(run, 5)
-    assert [(3, 5), (4, 5), (5, 5)] == [line[:2] for line in lines]
+    assert [line[:2] for line in lines] == [(3, 5), (4, 5), (5, 5)]
     assert run.losses == [line[2] for line in lines]

@@ -37,9 +37,7 @@ def classifier(folder: Any) -> tuple[torch.nn.Module, list[str]]:
     """A classifier built from nothing but what its folder holds."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = timm.create_model(config["architecture"], num_classes=len(config["labels"]), **config["model_args"])
-    model.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()}
-    )
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
     return model.eval(), config["labels"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -280,11 +281,14 @@ def test_erasing_in_another_order_gives_the_same_model(tokens: str) -> None:
     assert all(torch.allclose(p, other.named()[name], rtol=0, atol=1e-7) for name, p in one.named().items())
 
 
-def test_a_guide_that_is_the_concept_is_refused() -> None:
-    """A name that becomes itself erases nothing; that is an error and not a silent no-op, and the weights stay."""
+@pytest.mark.parametrize("prompts", ["name", "task"])
+@pytest.mark.parametrize("guide", ["y", "Y", " y"])
+def test_a_guide_that_is_the_concept_is_refused(guide: str, prompts: Literal["name", "task"]) -> None:
+    """A name that becomes itself erases nothing, nor does what the tokenizer reads as that name; an error and no silent no-op, and the weights stay."""
     model, before = small.pipe(), small.weights(small.pipe())
+    assert torch.equal(model.tokens("y"), model.tokens(guide))
     with pytest.raises(SpecError, match="its own guide"):
-        small.after(Method(guide="y"), model=model)
+        small.after(Method(guide=guide, prompts=prompts), model=model)
     assert small.same(before, small.weights(model))
 
 
