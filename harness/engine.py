@@ -278,8 +278,9 @@ class Engine:
                     jobs.setdefault(folder, Job(folder, folder.name, (), lambda r=root, w=wanted: self.images(r, w)))  # type: ignore[misc]
                 jobs.setdefault(self.folder(part), Job(self.folder(part), part.trajectory, tuple(needs), lambda p=part: self.checkpoint(p)))  # type: ignore[misc]
         for lineage, wanted in pictures:
-            folder, needs = self._image_folder(lineage, wanted), (self.folder(lineage),) if lineage.stages else ()
-            jobs.setdefault(folder, Job(folder, folder.name, needs, lambda each=lineage, w=wanted: self.images(each, w)))  # type: ignore[misc]
+            folder = self._image_folder(lineage, wanted)
+            before = (self.folder(lineage),) if lineage.stages else ()
+            jobs.setdefault(folder, Job(folder, folder.name, before, lambda each=lineage, w=wanted: self.images(each, w)))  # type: ignore[misc]
         return list(jobs.values())
 
 

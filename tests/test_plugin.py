@@ -66,14 +66,14 @@ def test_a_complete_selection_that_holds_is_green(gate):
     """Exit 0 and `gate: true` need every claim of the standard profile."""
     code, verdict, _ = gate()
 
-    assert (0, True, 59) == (code, verdict["gate"], len(verdict["claims"]))
+    assert (code, verdict["gate"], len(verdict["claims"])) == (0, True, 59)
 
 
 def test_workers_give_the_same_answer(gate):
     """Under -n 2 the controller gathers every claim."""
     code, verdict, _ = gate("-n", "2")
 
-    assert (0, True, 59) == (code, verdict["gate"], len(verdict["claims"]))
+    assert (code, verdict["gate"], len(verdict["claims"])) == (0, True, 59)
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "workers"])
@@ -113,7 +113,7 @@ def test_a_smaller_question_is_no_gate(gate, args):
         args = ["--deselect", "suites/celebrity/test_celebrity.py::test_the_retained_people_are_still_drawn"]
     code, verdict, _ = gate(*args)
 
-    assert (12, False) == (code, verdict["gate"])
+    assert (code, verdict["gate"]) == (12, False)
     assert verdict["deviations"]
 
 
@@ -121,7 +121,7 @@ def test_more_than_the_standard_is_a_gate(gate):
     """Further fine-tunes, steps and replicates only make the question harder."""
     code, verdict, _ = gate("--finetune", "lora-in,lora-out", "--steps", "50,100,200", "--seeds", "2")
 
-    assert (0, True) == (code, verdict["gate"])
+    assert (code, verdict["gate"]) == (0, True)
 
 
 def test_nothing_selected_is_not_green(gate):
@@ -173,8 +173,8 @@ def test_junit_tells_a_failure_from_an_error(gate, pytester):
     broken = cases["test_the_person_is_forgotten[uce-unlearned-Edric Sallowby]"]
     invalid = cases["test_the_instruments_are_sound[Tildeth Oskeby]"]
 
-    assert (1, 0) == (len(broken.findall("failure")), len(broken.findall("error")))
-    assert (0, 1) == (len(invalid.findall("failure")), len(invalid.findall("error")))
+    assert (len(broken.findall("failure")), len(broken.findall("error"))) == (1, 0)
+    assert (len(invalid.findall("failure")), len(invalid.findall("error"))) == (0, 1)
     assert {"verdict": "broken", "n": "40"}.items() <= {p.get("name"): p.get("value") for p in broken.iter("property")}.items()
 
 

@@ -20,9 +20,12 @@ from suites.celebrity import _recipe
 TASK, SEED, ROUNDS = "pocket-development", 100, 4
 ERASED_AT_MOST = 0.02
 TRIALS = {
-    "esd": [f"esd:lr={lr}:steps={steps}" for lr, steps in (("1e-4", 100), ("1e-4", 200), ("2e-4", 100), ("3e-4", 50))],
-    "uce": [f"uce:ridge={ridge}:preserve={keep}" for ridge in (1, 10, 100) for keep in (0.1, 1)],
-    "dimum": [f"dimum:lr={lr}:steps={steps}" for lr, steps in (("1e-4", 100), ("3e-4", 100), ("3e-4", 200))],
+    "esd": [f"esd:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 200), ("2e-4", 100), ("3e-4", 50), ("2e-4", 200), ("3e-4", 150))],
+    "uce": [
+        *(f"uce:ridge={ridge}:preserve={keep}" for ridge in (1, 10, 100) for keep in (0.1, 1)),
+        *(f"uce:tokens=last:ridge={ridge}:preserve={keep}" for ridge, keep in ((1, 0.1), (10, 0.1), (1, 1), (0.1, 1))),
+    ],
+    "dimum": [f"dimum:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("3e-4", 100), ("3e-4", 200), ("1e-4", 150), ("1e-4", 200))],
 }
 
 
