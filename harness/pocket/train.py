@@ -146,6 +146,10 @@ class Recipe:
 def _save(pipe: Any, folder: Path) -> None:
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("config.json"):  # where a part was loaded from is nobody's business, and changes the digest
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 STAGES = ("renders", "detector", "vae", "text", "denoiser", "polish", "publish", "figures")
