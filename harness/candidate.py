@@ -44,6 +44,8 @@ class Candidate:
         place = Path(path)
         if place.suffix in PICKLES:
             raise StoreError(f"'{path}' is a pickle, which can run code when opened; save it as .safetensors")
+        if not place.exists():
+            raise StoreError(f"'{path}' does not exist; a candidate is a .safetensors file, a diffusers folder or a UNet folder")
         if place.is_file() and place.suffix != ".safetensors":
             raise StoreError(f"'{path}' is no .safetensors file; a candidate is that, a diffusers folder or a UNet folder")
         return cls(pipeline.folder_digest(place) if place.is_dir() else sha256(place), path)
@@ -71,6 +73,8 @@ def _folder(place: Path, path: str) -> dict[str, Tensor]:
         parts = {"UNet2DConditionModel": ("unet", UNet2DConditionModel), "AutoencoderKL": ("vae", AutoencoderKL)}
         part, cls = parts[kind]
         model = cls.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+        if lacking := [name for name, p in model.named_parameters() if p.is_meta]:
+            raise ValueError(f"it lacks {lacking[0]} and {len(lacking) - 1} more")
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"'{path}' is neither a diffusers pipeline nor a UNet folder: {error}") from error
     return {f"{part}.{name}": p.detach() for name, p in model.named_parameters()}
@@ -85,31 +89,40 @@ def _file(place: Path, pipe: Pipe) -> dict[str, Tensor]:
     if not tensors:
         raise StoreError(f"'{place}' holds no tensors")
     if any("lora" in name.lower() for name in tensors):
-        return _merged(place, pipe, tensors)
+        return _merged(place, pipe)
     return {name if name.startswith(tuple(f"{c}." for c in COMPONENTS)) else f"unet.{name}": t for name, t in tensors.items()}
 
 
 class _Loader(StableDiffusionLoraLoaderMixin):  # type: ignore[misc]  # diffusers is not typed
-    """What diffusers needs to read a LoRA into our UNet and text encoder."""
+    """A copy of our UNet and text encoder for diffusers to put a LoRA into: ours stay as they are."""
+
+    hf_device_map = None  # diffusers asks for it
 
     def __init__(self, pipe: Pipe) -> None:
-        self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
-        self.components = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+        self.unet = UNet2DConditionModel.from_config(pipe.unet.config)
+        self.text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
+        self.components = {"unet": self.unet, "text_encoder": self.text_encoder}
+        for part, model in self.components.items():
+            model.load_state_dict(getattr(pipe, part).state_dict())
+
+    def named(self) -> dict[str, Tensor]:
+        """Every parameter by its full name."""
+        return {f"{part}.{name}": p.detach() for part, model in self.components.items() for name, p in model.named_parameters()}
 
 
-def _merged(place: Path, pipe: Pipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    before = {name: p.detach().clone() for name, p in pipe.named().items()}
-    loader = _Loader(pipe)
+def _merged(place: Path, pipe: Pipe) -> dict[str, Tensor]:
+    loader, before = _Loader(pipe), pipe.named()
+    where = {"weight_name": place.name, "local_files_only": True}  # the file's metadata hold alpha: a dictionary would lose them
     try:
-        loader.load_lora_weights(dict(tensors))
-        loader.fuse_lora(components=["unet"])
+        given, _ = loader.lora_state_dict(str(place.absolute().parent), **where)
+        loader.load_lora_weights(str(place.absolute().parent), **where)
+        for model in loader.components.values():
+            model.float()
+        fitting = sum(".lora_" in name for name in loader.named())
+        loader.fuse_lora(components=list(loader.components))
         loader.unload_lora_weights()
     except (ValueError, RuntimeError, KeyError) as error:
         raise StoreError(f"the LoRA '{place}' does not fit this model: {error}") from error
-    changed = {name: p.detach().clone() for name, p in pipe.named().items() if not torch.equal(p, before[name])}
-    if not changed:
-        raise StoreError(f"the LoRA '{place}' matches no layer of this model; was it trained for another architecture?")
-    with torch.no_grad():
-        for name in changed:
-            pipe.named()[name].copy_(before[name])
-    return changed
+    if fitting < len(given):
+        raise StoreError(f"only {fitting} of the {len(given)} tensors of the LoRA '{place}' match this model; was it trained for another architecture?")
+    return {name: p for name, p in loader.named().items() if not torch.equal(p, before[name].cpu())}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,9 +28,11 @@ class Spec:
     def parse(cls, text: str) -> Spec:
         """Read `name:field=value:field=value`."""
         name, *parts = text.strip().split(":")
-        if not name or not all("=" in part for part in parts):
+        if not name or not all(part.find("=") > 0 for part in parts):
             raise SpecError(f"cannot read '{text}'; write name:field=value:field=value, for example esd:trains=u:eta=3")
         fields = tuple(tuple(part.split("=", 1)) for part in parts)
+        if doubled := [k for k, _ in fields if [k for k, _ in fields].count(k) > 1]:
+            raise SpecError(f"'{text}' gives '{doubled[0]}' twice; which is meant?")
         return cls(name, fields)  # type: ignore[arg-type]  # every part holds one '='
 
     def __str__(self) -> str:
@@ -56,7 +60,8 @@ def find(kind: str, name: str) -> type[Any]:
 def make(kind: str, spec: Spec, presets: Mapping[str, Any], **given: Any) -> Any:
     """The stage: class defaults, then the model's presets, then `given`, then what the spec says."""
     cls = find(kind, spec.name)
-    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+    found = typing.get_type_hints(cls)
+    hints = {f.name: found[f.name] for f in dataclasses.fields(cls)}  # not __dataclass_fields__, which holds ClassVars too
     written = {}
     for name, text in spec.fields:
         if name not in hints:
@@ -69,12 +74,17 @@ def _value(text: str, hint: Any, where: str) -> Any:
     """`text` as a value of the field's type."""
     allowed = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     options = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    if isinstance(hint, types.UnionType):  # `str | None`: what is written is the first
+        hint = typing.get_args(hint)[0]
     try:
         if options:
             return {str(option): option for option in options}[text]
         if hint is bool:
             return {"true": True, "false": False}[text.lower()]
-        return hint(text)
+        value = hint(text)
+        if hint is float and not math.isfinite(value):
+            raise ValueError  # no address in JSON
+        return value
     except (ValueError, KeyError):
         raise SpecError(f"{where} must be {' or '.join(map(str, options)) or allowed.get(hint, hint)}, got '{text}'") from None
 

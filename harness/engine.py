@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,10 +83,15 @@ class Engine:
 
     def _base(self, base: Base) -> Pipe:
         if base not in self._pipes:
-            self.counts["unet_passes"] = self.cost()["unet_passes"]
-            self._pipes.clear()
+            self._forget()
             self._pipes[base] = pipeline.load(base)
         return self._pipes[base]
+
+    def _forget(self) -> None:
+        """Drop the model in memory."""
+        self.counts["unet_passes"] = self.cost()["unet_passes"]
+        self._pipes.clear()
+        self._loaded = None
 
     def cost(self) -> dict[str, int]:
         """What this process has done so far."""
@@ -128,9 +134,13 @@ class Engine:
         run = Run(stage.seed, images, before, start=self._snapshot(lineage), report=self._reporter(lineage))
         if run.start:
             self._resume(lineage, pipe, run)
-        stage(pipe, lineage.task.view(stage.reads), run)
-        result = run.adapter or {n: p.detach().cpu().clone() for n, p in pipe.named().items() if mine(n) and not torch.equal(p, before[n])}
-        self._check(stage, pipe, others, result)
+        try:
+            stage(pipe, lineage.task.view(stage.reads), run)
+            result = run.adapter or {n: p.detach().cpu().clone() for n, p in pipe.named().items() if mine(n) and not torch.equal(p, before[n])}
+            self._check(stage, pipe, others, result)
+        except BaseException:
+            self._forget()  # who knows what a failed stage left behind
+            raise
         record = {"seconds": round(time.monotonic() - started, 3), "losses": run.losses, "torch": torch.__version__}
         self._publish(self.folder(lineage), {**lineage.record(), **record}, weights=result, state=run.state)
         pipe.reset()
@@ -229,7 +239,10 @@ class Engine:
 
         def write(draft: Path) -> Mapping[str, Any]:
             for name, tensors in files.items():
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft / f"{name}.safetensors")
+                try:
+                    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft / f"{name}.safetensors")
+                except SafetensorError as error:  # this is how it says that the disk is full
+                    raise OSError(str(error)) from error
             return record
 
         self.store.publish(folder, write)
@@ -285,5 +298,6 @@ class Engine:
 
 
 def _print(tensor: Tensor) -> int:
-    """A fingerprint of a tensor's bits."""
-    return int(torch.hash_tensor(tensor.detach()).view(torch.int64))
+    """A fingerprint of a float32 tensor's bits: their sum weighted by place, modulo 2^64, so that changes do not cancel."""
+    bits = tensor.detach().contiguous().flatten().view(torch.int32).long()
+    return int((bits * (torch.arange(1, len(bits) + 1, device=bits.device) * 6364136223846793005)).sum())

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar as _quiet_diffusers
+from safetensors import SafetensorError
 from torch import Generator, Tensor
+from transformers import CLIPTextModel
 from transformers.utils.logging import disable_progress_bar as _quiet_transformers
 
 from harness import pocket
@@ -252,13 +254,13 @@ def folder_digest(folder: Path) -> str:
 def _download(source: str) -> Path:
     """Local snapshot of a hub repository at a commit. Honours HF_HUB_OFFLINE."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = source.partition("@")
     try:
         wanted = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SpecError(f"cannot fetch the model '{source}': {error}. Give a local diffusers folder instead") from error
 
 
@@ -267,18 +269,25 @@ def load(base: Base) -> Pipe:
     folder = pocket.MODEL if base.source == "pocket" else Path(base.source)
     if not folder.is_dir():
         folder = _download(base.source)
-    plain = any((folder / "unet").glob("*.safetensors")) and not any((folder / "unet").glob("*.fp16.safetensors"))
+    if lacking := [part for part in (*COMPONENTS, "tokenizer", "scheduler") if not (folder / part).is_dir()]:
+        raise StoreError(f"'{base.source}' has no {lacking[0]}; a diffusers folder of the Stable Diffusion 1.x/2.x layout is needed")
+    plain = any(".fp16" not in path.name for path in (folder / "unet").glob("*.safetensors"))
+    how = {"dtype": torch.float32, "variant": None if plain else "fp16", "use_safetensors": True}  # an fp16 folder would mix dtypes otherwise
     try:
+        text_encoder, found = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", output_loading_info=True, **how)
+        if found["missing_keys"]:  # they would be drawn at random
+            raise KeyError(f"text_encoder lacks {', '.join(sorted(found['missing_keys']))}")
         sd = StableDiffusionPipeline.from_pretrained(
             folder,
-            dtype=torch.float32,  # an fp16 folder would mix dtypes otherwise
-            variant=None if plain else "fp16",
-            use_safetensors=True,
+            **how,
+            text_encoder=text_encoder,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError, KeyError) as error:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Pipe(sd, device)
+    except SpecError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"'{base.source}' does not load as a Stable Diffusion 1.x/2.x pipeline: {error}") from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Pipe(sd, device)

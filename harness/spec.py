@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ def canonical(value: Any) -> Any:
         return {str(k): canonical(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [canonical(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{value} is not a number that can be part of an address")
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise SpecError(f"cannot take the address of a {type(value).__name__}; use plain values, tuples or dataclasses")
@@ -141,7 +144,7 @@ class Task:
         """Read a task file (TOML). Unknown or missing keys are errors that name the file."""
         try:
             return cls._of(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
-        except (tomllib.TOMLDecodeError, SpecError, TypeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, SpecError, TypeError) as error:
             raise SpecError(f"task file {path.name}: {error}") from error
 
     @classmethod
@@ -152,7 +155,9 @@ class Task:
                 raise unknown("key", name, allowed)
         for name in ("erased", "anchor", "retain", "retained"):
             data[name] = _build(Group, data.get(name, {}), name)
-        data["finetune"] = {k: _build(Group, v, f"finetune.{k}") for k, v in data.get("finetune", {}).items()}
+        if not (sets := data.get("finetune")) or not isinstance(sets, dict):
+            raise SpecError("[finetune] needs at least one set of concepts, such as [finetune.in]")
+        data["finetune"] = {name: _build(Group, group, f"finetune.{name}") for name, group in sets.items()}
         data["sampler"] = _build(Sampler, data.get("sampler", {}), "sampler")
         data["tolerance"] = _build(Tolerance, data.get("tolerance", {}), "tolerance")
         return cls(id=id, **data)
@@ -171,10 +176,14 @@ def _build(kind: type[Any], data: dict[str, Any], where: str) -> Any:
     """`kind(**data)` with lists as tuples and unknown keys refused."""
     if not isinstance(data, dict):
         raise SpecError(f"[{where}] must be a table, got {type(data).__name__}")
-    allowed = [f.name for f in dataclasses.fields(kind)]
+    allowed = {f.name: f for f in dataclasses.fields(kind)}
     for name in data:
         if name not in allowed:
             raise unknown(f"key in [{where}]", name, allowed)
+    if lacking := [name for name, f in allowed.items() if f.default is dataclasses.MISSING and name not in data]:
+        raise SpecError(f"[{where}] lacks {' and '.join(lacking)}")
+    if kind is Group and (single := [name for name, value in data.items() if not isinstance(value, list)]):
+        raise SpecError(f"{single[0]} in [{where}] must be a list, got {data[single[0]]!r}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
@@ -305,8 +314,6 @@ class Claim:
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
             raise unknown("verdict", self.verdict, VERDICTS)
-        if self.verdict != INVALID and self.rate is None:
-            raise SpecError(f"claim '{self.id}' says '{self.verdict}' without a rate; only 'invalid' needs no evidence")
 
     def __str__(self) -> str:
         """The sentence and the numbers: what a failing test prints."""

@@ -45,10 +45,9 @@ class Store:
 
     def publish(self, folder: Path, write: Callable[[Path], Mapping[str, Any]]) -> None:
         """Make an artefact: `write` fills an empty folder and returns its record. First writer wins."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
         draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
         try:
-            draft.mkdir()
+            draft.mkdir(parents=True)
             record = {"record": dict(write(draft)), "files": {p.name: sha256(p) for p in sorted(draft.iterdir())}}
             (draft / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
             for path in draft.iterdir():
@@ -65,20 +64,21 @@ class Store:
         """The record of an artefact, after every file in it matched its digest."""
         try:
             whole = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            record = dict(whole["record"])
             damaged = [name for name, digest in whole["files"].items() if sha256(folder / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"artefact '{folder}' cannot be read: {error}; delete the folder and run again") from error
         if damaged:
             raise StoreError(f"artefact '{folder}' is damaged: {', '.join(damaged)} changed since it was written; delete the folder and run again")
-        return dict(whole["record"])
+        return record
 
     @contextmanager
     def lease(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold the right to make `name`; yields False where another process holds it and `wait` is off."""
         path = self.root / "locks" / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, is_singleton=True)  # one per process and path, so that it can be taken twice
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, is_singleton=True)  # one per process and path, so that it can be taken twice
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
             yield False

@@ -27,7 +27,7 @@ from harness.spec import Base, Group, ImageSet, Lineage, Sampler
 from harness.store import RECORD, Store
 from harness.unlearning import dimum, esd, uce
 from tests import tiny
-from tests.conftest import PATIENCE, PROCESSES, die
+from tests.conftest import PATIENCE, PROCESSES, die, eventually
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,6 +180,7 @@ def test_only_what_changed_is_saved(root, engine):
         saved = load_file(engine.checkpoint(root.then(stage)) / "weights.safetensors")
         assert saved
         assert all(belongs in name for name in saved)
+    assert set(load_file(engine.checkpoint(root.then(Edit(plus=1.0))) / "weights.safetensors")) == {Edit.tensor}
 
 
 def test_a_stage_that_does_nothing_is_a_checkpoint_too(root, engine):
@@ -360,20 +361,21 @@ def test_two_processes_share_the_work(root, tmp_path, child):
     assert all(same(weights(alone, lineage), weights(engine, lineage)) for lineage in good)
 
 
-def waits(store: Path, lineage: Lineage) -> int:
-    """Build one lineage; the number of failures."""
-    return len(Engine(Store(store)).build([lineage]))
+def alone(store: Path, lineages: list[Lineage]) -> int:
+    """Build them; the number of failures."""
+    return len(Engine(Store(store)).build(lineages))
 
 
-def test_a_builder_waits_for_what_another_makes(root, tmp_path, child):
-    """Who finds the lease taken waits for its holder; if the holder dies, it does the work itself."""
-    lineage = root.then(UCE)
-    with Store(tmp_path).lease(lineage.trajectory):
-        waiting = child(waits, tmp_path, lineage)
-        assert not waiting.receiver.poll(1)
-        assert artefacts(tmp_path) == []
+def test_a_builder_does_what_is_free_and_waits_for_the_rest(root, tmp_path, child):
+    """What another process holds comes last; if that one goes away without having made it, it is made here."""
+    taken, free, store = root.then(UCE), root.then(Edit(plus=1.0)), Store(tmp_path)
+    with store.lease(taken.trajectory):
+        waiting = child(alone, tmp_path, [taken, free])
+        assert eventually(lambda: store.has(Engine(store).folder(free)))
+        assert not waiting.receiver.poll(0.5)
+        assert artefacts(tmp_path) == [f"checkpoints/{free.trajectory}-0"]
     assert waiting.result() == 0
-    assert Store(tmp_path).has(Engine(Store(tmp_path)).folder(lineage))
+    assert store.has(Engine(store).folder(taken))
 
 
 def test_a_failure_names_every_lineage_that_needed_it(root, engine):
@@ -426,7 +428,7 @@ def test_images_are_drawn_once(root, tmp_path):
     chosen = ImageSet(PROMPTS, SEEDS)
     first, second = Engine(Store(tmp_path)), Engine(Store(tmp_path))
     folder = first.images(root, (chosen, SAMPLER))
-    assert second.images(root, (chosen, SAMPLER)) == folder
+    assert [first.images(root, (chosen, SAMPLER)), *(second.images(root, (chosen, SAMPLER)) for _ in range(2))] == [folder] * 3
     assert torch.equal(first.read_images(folder), second.read_images(folder))
     assert first.images(root, (chosen, dataclasses.replace(SAMPLER, steps=2))) != folder
     assert (first.cost()["images"], first.cost()["cache_hits"]) == (10, 0)

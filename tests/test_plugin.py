@@ -184,7 +184,7 @@ def test_junit_tells_a_failure_from_an_error(gate, pytester):
         (["--method", "ecd"], "Did you mean 'esd'?"),
         (["--method", "esd:eat=3"], "Did you mean 'eta'?"),
         (["--method", "esd:eta=three"], "must be a number"),
-        (["--finetune", "lora-im"], "Did you mean 'in'?"),
+        (["--finetune", "lora-im"], "allowed: in, out"),
         (["--finetune", "lura-in"], "Did you mean 'lora'?"),
         (["--task", "poket"], "Did you mean 'pocket'?"),
         (["--profile", "standart"], "Did you mean 'standard'?"),

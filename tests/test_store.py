@@ -15,7 +15,7 @@ import pytest
 from harness import store as module
 from harness.errors import StoreError
 from harness.store import RECORD, Store
-from tests.conftest import PATIENCE, PROCESSES, die
+from tests.conftest import PATIENCE, PROCESSES, die, eventually
 
 WRITERS = 3
 FILES = ("a.bin", "b.bin")
@@ -264,9 +264,7 @@ def test_a_kill_at_a_random_moment_leaves_whole_artefacts(tmp_path, child):
     for i in range(20):
         word = f"-{i:02d}-".encode()
         each = child(publishing, tmp_path, word)
-        while not list(tmp_path.glob(f"kind/*{word.decode()}0*")):
-            time.sleep(0.001)
-            assert each.process.is_alive()
+        assert eventually(lambda word=word: any(tmp_path.glob(f"kind/{word.decode()}0")))
         time.sleep(rng.random() / 50)
         assert each.kill() == -9
         interrupted += len(list(tmp_path.glob(f"kind/.{word.decode()}*")))

@@ -73,10 +73,11 @@ class Finetune:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets.split(","))
-            try:
-                inject_adapter_in_model(config, pipe.unet, adapter_name=NAME)
-            except ValueError as error:
-                raise SpecError(f"LoRA targets '{self.targets}' match no layer of this UNet; allowed: parts of its module names") from error
+            layers = [name for name, _ in pipe.unet.named_modules()]
+            for target in self.targets.split(","):
+                if not any(name == target or name.endswith(f".{target}") for name in layers):  # as peft matches
+                    raise SpecError(f"LoRA target '{target}' matches no layer of this UNet; allowed: ends of its module names, such as to_q")
+            inject_adapter_in_model(config, pipe.unet, adapter_name=NAME)
         if tensors:
             set_peft_model_state_dict(pipe.unet, dict(tensors), adapter_name=NAME)
 

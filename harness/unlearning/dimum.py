@@ -56,16 +56,14 @@ class Method:
         retain = Captioned(pipe, run.images["retain"], sets["retain"].prompts)
         forget = Captioned(pipe, run.images["alternative"], self._renamed(task, sets["alternative"]))
 
-        def batch_at(rng: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Generator]:
-            return *retain.batch(self.batch, rng), *forget.batch(self.batch, rng), rng
+        def loss(rng: Generator) -> Tensor:  # the retain term draws first, as plain training on the retain set would
+            kept = pipe.diffusion_loss(*retain.batch(self.batch, rng), rng)
+            return kept + self.lam * pipe.diffusion_loss(*forget.batch(self.batch, rng), rng)
 
-        def loss(batch: tuple[Tensor, Tensor, Tensor, Tensor, Generator]) -> Tensor:
-            x_r, c_r, x_c, c_f, rng = batch
-            return pipe.diffusion_loss(x_r, c_r, rng) + self.lam * pipe.diffusion_loss(x_c, c_f, rng)
-
-        train(pipe.parameters(self.trains).values(), loss, batch_at, run, steps=self.steps, lr=self.lr)
+        train(pipe.parameters(self.trains).values(), loss, lambda rng: rng, run, steps=self.steps, lr=self.lr)
 
     def _renamed(self, task: Any, alternative: ImageSet) -> list[str]:
         """Eq. 9: each image of the alternative under the prompt of a forgotten concept, in turn."""
-        names, anchor = task.erased.concepts, task.anchor.concepts[0]
-        return [p.replace(anchor, names[i % len(names)]) for i, p in enumerate(alternative.prompts)]
+        names, templates = task.erased.concepts, task.erased.prompts
+        each = len(alternative.prompts) // len(templates)  # images of one template; a multiple of the names
+        return [template.replace("{}", names[i % len(names)]) for template in templates for i in range(each)]

@@ -56,14 +56,14 @@ class Method:
                 weight.copy_(weight.double() @ m.to(weight.device))
 
     def _pairs(self, task: Any, concept: str, guide: str) -> list[tuple[str, str]]:
-        if concept == guide:
-            raise SpecError(f"the concept '{concept}' is its own guide; choose another `guide`")
         if self.prompts == "name":
             return [(concept, guide)]
         return [(p.replace("{}", concept), p.replace("{}", guide)) for p in task.erased.prompts]
 
     def _paired(self, pipe: Pipe, concept: str, guide: str) -> tuple[Tensor, Tensor]:
         """Vectors to move and where to, (n, d) each, aligned at the last word piece of both prompts."""
+        if torch.equal(pipe.tokens(concept), pipe.tokens(guide)):
+            raise SpecError(f"the concept '{concept}' is its own guide; choose another `guide`")
         e, e_star = pipe.encode([concept, guide]).double().cpu()
         i, j = last_word(pipe, concept), last_word(pipe, guide)
         length = 1 if self.tokens == "last" else len(e) - max(i, j)
@@ -88,7 +88,7 @@ def edit(c: Tensor, c_star: Tensor, kept: Tensor, a: float, b: float, lam: float
     """
     ground = lam * torch.eye(c.shape[1], dtype=torch.float64) + b * kept.T @ kept
     system = ground + a * c.T @ c
-    m = torch.linalg.solve(system, (ground + a * c_star.T @ c).T).T  # the system is symmetric
-    if not torch.isfinite(m).all():
+    solution, info = torch.linalg.solve_ex(system, (ground + a * c_star.T @ c).T)  # the system is symmetric
+    if info != 0 or not torch.isfinite(solution).all():
         raise PreconditionError("UCE's linear system is singular; raise `ridge` above 0")
-    return m
+    return solution.T

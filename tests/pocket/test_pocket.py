@@ -166,10 +166,9 @@ def test_nobody_is_seen_where_nobody_was_named(card: dict[str, Any]) -> None:
     assert card["figures"]["neutral"]["highest_named"] <= 0.02
 
 
-def test_card_says_whether_the_control_was_measured(card: dict[str, Any]) -> None:
-    """Where the card holds a never-learned control, it draws the retained people and none of the report people."""
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="the control is not trained to the end yet: the card holds null, and every report says so")
+def test_the_never_learned_control_does_not_draw_the_report_people(card: dict[str, Any]) -> None:
+    """The control draws the retained people and none of the report people."""
     control = card["control_without_report"]
-    if control is None:
-        pytest.skip("the control has not been trained to the end; the card records no figures for it")
     assert control["mean_by_role"]["report"] <= 0.05
     assert control["mean_by_role"]["retained"] >= 0.9
