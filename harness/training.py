@@ -13,6 +13,7 @@ from harness.errors import PreconditionError
 from harness.spec import seed_of
 
 Batch = TypeVar("Batch")
+CARRIED = "carried."
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -55,28 +56,40 @@ def train(
     optimizer: str = "adam",
     weight_decay: float = 0.0,
     clip: float | None = None,
+    adjust: Callable[[], object] | None = None,
+    after: Callable[[], object] | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Take steps `run.start + 1 .. steps` of `optimizer` at a constant learning rate.
 
     Step i draws its batch from a generator of (seed, i) alone and the rate does not depend on `steps`, so
     50 steps continued to 200 equal an unbroken run of 200, bit for bit, at equal thread count.
-    A loss that is not finite raises PreconditionError; `clip` bounds the gradient's L2 norm.
+    A loss that is not finite raises PreconditionError; `clip` bounds the gradient's L2 norm. `adjust` may edit the
+    gradients before that (a mask, a projection), `after` follows the optimizer's step (an average of the weights).
+    `carried` tensors are changed in place by them; they are kept with the optimizer's and filled in when going on.
     """
-    moving = list(parameters)
+    moving, carried = list(parameters), carried or {}
     engine = OPTIMIZERS[optimizer](moving, lr=lr, weight_decay=weight_decay)  # type: ignore[call-arg]  # all three take both
-    _restore(engine, run.state)
+    _restore(engine, {name: tensor for name, tensor in run.state.items() if not name.startswith(CARRIED)})
+    for name, tensor in carried.items():
+        if (kept := run.state.get(CARRIED + name)) is not None:
+            tensor.data.copy_(kept)
     for step in range(run.start, steps):
         engine.zero_grad(set_to_none=True)
         value = loss(batch_at(run.rng("step", step)))
         if not torch.isfinite(value):
             raise PreconditionError(f"the loss became {value.item()} at step {step + 1} of {steps}; try a smaller lr than {lr}")
         value.backward()
+        if adjust is not None:
+            adjust()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(moving, clip)
         engine.step()
+        if after is not None:
+            after()
         run.losses.append(value.item())
         run.report(step + 1, steps, run.losses[-1])
-    run.state = _state(engine)
+    run.state = _state(engine) | {CARRIED + name: tensor.detach().clone() for name, tensor in carried.items()}
 
 
 def _state(engine: torch.optim.Optimizer) -> dict[str, Tensor]:

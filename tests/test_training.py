@@ -130,3 +130,39 @@ def test_every_step_is_reported():
     fit(run, 5)
     assert [line[:2] for line in lines] == [(3, 5), (4, 5), (5, 5)]
     assert run.losses == [line[2] for line in lines]
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9])
+def test_a_carried_average_survives_a_stop(cut):
+    """An average kept by `after` is the same bits whether or not the run stopped on the way; without it, it is not."""
+
+    def averaged(run: Run, steps: int, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, mean = start.clone().requires_grad_(), torch.zeros(3)
+        train(
+            [weight],
+            lambda point: (weight - point).square().sum(),
+            lambda rng: torch.randn(3, generator=rng),
+            run,
+            steps=steps,
+            lr=0.1,
+            after=lambda: mean.lerp_(weight.detach(), 0.1),
+            carried={"mean": mean},
+        )
+        return weight.detach(), mean
+
+    expected = averaged(Run(seed=1), 10, torch.tensor(START))
+    first = Run(seed=1)
+    middle, _ = averaged(first, cut, torch.tensor(START))
+    found = averaged(Run(seed=1, start=cut, state=first.state), 10, middle)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    forgetful = {name: tensor for name, tensor in first.state.items() if name != "carried.mean"}
+    assert not torch.equal(expected[1], averaged(Run(seed=1, start=cut, state=forgetful), 10, middle)[1])
+
+
+def test_adjusted_gradients_are_the_ones_that_step():
+    """`adjust` runs after the backward pass and before the step: a zeroed entry stays where it was."""
+    weight = torch.tensor(START, requires_grad=True)
+    train([weight], lambda point: (weight - point).square().sum(), lambda rng: torch.randn(3, generator=rng), Run(seed=1), steps=3, lr=0.1,
+          adjust=lambda: weight.grad[0].zero_())  # fmt: skip
+    assert weight[0] == START[0]
+    assert (weight.detach() != torch.tensor(START))[1:].all()

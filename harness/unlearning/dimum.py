@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ class Method:
     trains: str = "unet"
     seed: int = 0
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
@@ -52,6 +52,10 @@ class Method:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
+        train(pipe.parameters(self.trains).values(), *self.objective(pipe, task, run), run, steps=self.steps, lr=self.lr)
+
+    def objective(self, pipe: Pipe, task: Any, run: Run) -> tuple[Callable[[Any], Tensor], Callable[[Generator], Any]]:
+        """The loss of a batch, and how a batch is drawn: it is drawn within the loss, from the step's generator."""
         sets = self.images(task)
         retain = Captioned(pipe, run.images["retain"], sets["retain"].prompts)
         forget = Captioned(pipe, run.images["alternative"], self._renamed(task, sets["alternative"]))
@@ -60,7 +64,7 @@ class Method:
             kept = pipe.diffusion_loss(*retain.batch(self.batch, rng), rng)
             return kept + self.lam * pipe.diffusion_loss(*forget.batch(self.batch, rng), rng)
 
-        train(pipe.parameters(self.trains).values(), loss, lambda rng: rng, run, steps=self.steps, lr=self.lr)
+        return loss, lambda rng: rng
 
     def _renamed(self, task: Any, alternative: ImageSet) -> list[str]:
         """Eq. 9: each image of the alternative under the prompt of a forgotten concept, in turn."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -49,12 +49,15 @@ class Method:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
-        weights = pipe.parameters(self.trains)
+        train(pipe.parameters(self.trains).values(), *self.objective(pipe, task, run), run, steps=self.steps, lr=self.lr)
+
+    def objective(self, pipe: Pipe, task: Any, run: Run) -> tuple[Callable[[Any], Tensor], Callable[[Generator], Any]]:
+        """The loss of a batch, and how a batch is drawn."""
         texts = [t for c in task.erased.concepts for t in ((c,) if self.prompts == "name" else task.erased.asking(c))]
 
         def batch_at(rng: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             chosen = torch.randint(len(texts), (self.batch,), generator=rng).tolist()
-            cond, null = pipe.encode([texts[i] for i in chosen]), pipe.encode([""]).expand(self.batch, -1, -1)
+            cond, null = pipe.encode([texts[i] for i in chosen]), pipe.encode([""] * self.batch)
             x_T = torch.randn((self.batch, *pipe.latent_shape), generator=rng).to(pipe.device)
             stop = int(torch.randint(self.sampler_steps, (), generator=rng))
             with pipe.swapped(run.original) if self.x_t_from == "frozen" else nullcontext():
@@ -67,7 +70,7 @@ class Method:
             x_t, t, cond, wanted = batch
             return mse_loss(pipe.predict(x_t, t, cond), wanted)
 
-        train(weights.values(), loss, batch_at, run, steps=self.steps, lr=self.lr)
+        return loss, batch_at
 
 
 def target(eps_null: Tensor, eps_c: Tensor, eta: float) -> Tensor:
