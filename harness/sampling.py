@@ -31,7 +31,7 @@ def draw(
     for start in range(0, len(prompts), batch):
         chosen = prompts[start : start + batch]
         x_T = noise(pipe, seeds[start : start + batch])
-        cond, uncond = pipe.encode(chosen), pipe.encode([""]).expand(len(chosen), -1, -1)
+        cond, uncond = pipe.encode(chosen), pipe.encode([""] * len(chosen))
         x_0, _ = denoise(pipe, x_T, cond, uncond, sampler)
         images.append(pipe.decode(x_0))
         report(start + len(chosen), len(prompts))

@@ -17,7 +17,7 @@ from torch import Tensor
 from fixtures.lab import presets
 from harness import catalogue, sampling
 from harness.catalogue import Spec
-from harness.pipeline import Pipe, group
+from harness.pipeline import Pipe, StableDiffusion, group
 from harness.spec import Base, ImageSet, Lineage, Stage
 from harness.training import Run
 from tests import tiny
@@ -41,7 +41,7 @@ def small(kind: str, name: str, **changes: Any) -> Any:
 
 @cache
 def _built(prediction: str) -> Pipe:
-    return Pipe(tiny.pipeline(prediction), torch.device("cpu"))
+    return StableDiffusion(tiny.pipeline(prediction), torch.device("cpu"))
 
 
 def model(prediction: str = "epsilon") -> Pipe:

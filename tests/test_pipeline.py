@@ -21,7 +21,7 @@ from torch import Tensor
 from harness import pipeline, sampling
 from harness.candidate import Candidate
 from harness.errors import ResurgenceError, SpecError, StoreError
-from harness.pipeline import ALIASES, COMPONENTS, GROUPS, Pipe, denoise, group, identify
+from harness.pipeline import ALIASES, COMPONENTS, GROUPS, Pipe, StableDiffusion, denoise, group, identify
 from harness.spec import Base, Lineage, Sampler
 from harness.training import Run
 from tests import tiny
@@ -43,7 +43,7 @@ def moved(one: dict[str, Tensor], two: dict[str, Tensor]) -> set[str]:
 
 def made(prediction: str) -> Pipe:
     """The tiny model with another kind of prediction, without a file."""
-    return Pipe(tiny.pipeline(prediction), torch.device("cpu"))
+    return StableDiffusion(tiny.pipeline(prediction), torch.device("cpu"))
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -275,7 +275,7 @@ def test_an_unknown_group_is_answered_with_a_guess(pipe):
 def test_a_group_that_matches_nothing_is_an_error(pipe, monkeypatch):
     """Nothing to train is no success."""
     monkeypatch.setitem(GROUPS, "none", lambda name: False)
-    with pytest.raises(SpecError, match="parameter group 'none' matches nothing in this model; allowed: all"):
+    with pytest.raises(SpecError, match="parameter group 'none' matches nothing in this text-to-image model; allowed: all"):
         pipe.parameters("none")
 
 
@@ -505,7 +505,7 @@ def test_a_folder_as_a_candidate(pipe, tmp_path, part):
     """A whole pipeline changes every component, the folder of a UNet or a VAE only that one."""
     other = tiny.pipeline(seed=1)
     other.save_pretrained(tmp_path)
-    expected = weights(Pipe(other, torch.device("cpu")))
+    expected = weights(StableDiffusion(other, torch.device("cpu")))
     differ = {name for name in moved(weights(pipe), expected) if name.startswith(part)}
     assert bring(pipe, tmp_path / part) == differ
     assert moved({name: pipe.named()[name] for name in differ}, {name: expected[name] for name in differ}) == set()

@@ -17,6 +17,7 @@ DETECTOR = FOLDER / "detector"  # names people, objects, characters, the mask, o
 STYLE = FOLDER / "style"  # names the four art styles, or none
 CARD = FOLDER / "card.json"  # digests, seeds, versions, figures
 PRESETS = FOLDER / "presets.toml"  # hyper-parameters found on the development people
+DDPM = FOLDER / "ddpm"  # a class-conditional DDPM of the ten CIFAR-10 names, with its own card
 VOCABULARY = FOLDER / "vocabulary.toml"
 
 

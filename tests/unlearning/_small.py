@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.pipeline import Pipe, group
+from harness.pipeline import Pipe, StableDiffusion, group
 from harness.spec import Task
 from harness.training import Run
 from tests import tiny
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def pipe() -> Pipe:
     """A fresh tiny model; always the same weights."""
-    return Pipe(tiny.pipeline(), CPU)
+    return StableDiffusion(tiny.pipeline(), CPU)
 
 
 def pictures(count: int, seed: int = 0) -> Tensor:
