@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,14 +17,21 @@ from torch import Tensor
 
 from harness import pipeline
 from harness.errors import StoreError
-from harness.pipeline import COMPONENTS, PICKLES, Pipe
+from harness.families.class_conditional import CLASSES
+from harness.pipeline import COMPONENTS, PICKLES, ClassConditional, Pipe, StableDiffusion
 from harness.spec import Base, ImageSet, sha256
 from harness.training import Run
+
+PARTS = {
+    "UNet2DConditionModel": ("unet", UNet2DConditionModel),
+    "UNet2DModel": ("unet", UNet2DModel),
+    "AutoencoderKL": ("vae", AutoencoderKL),
+}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights from `path`: a diffusers folder, a UNet folder, or a .safetensors file with a delta or a LoRA.
+    """Weights from `path`: a model's folder, a UNet folder, or a .safetensors file with a delta or a LoRA.
 
     A delta names tensors as `unet.<name>`, `text_encoder.<name>`, `vae.<name>` or, for the UNet, bare. Its address
     is the content. A safety checker and a scheduler that come along are not used: the task decides those.
@@ -35,6 +42,7 @@ class Candidate:
     seed: int = 0
 
     version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
     trains: ClassVar[str] = "all"
     reads: ClassVar[tuple[str, ...]] = ()
 
@@ -57,21 +65,22 @@ class Candidate:
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Overwrite the weights, after checking every name, shape and value."""
         place = Path(self.path)
-        tensors = _folder(place, self.path) if place.is_dir() else _file(place, pipe)
+        tensors = _folder(place, self.path, pipe) if place.is_dir() else _file(place, pipe)
         if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
             raise StoreError(f"the candidate's '{broken[0]}' holds NaN or infinite values; {len(broken)} such tensors in '{self.path}'")
         pipe.apply(tensors)
 
 
-def _folder(place: Path, path: str) -> dict[str, Tensor]:
-    """The tensors of a whole pipeline, or of a UNet alone."""
-    if (place / "model_index.json").is_file():
+def _folder(place: Path, path: str, pipe: Pipe) -> dict[str, Tensor]:
+    """The tensors of a whole model, or of a UNet alone."""
+    if any((place / name).is_file() for name in ("model_index.json", CLASSES)):
         other = pipeline.load(Base("", path))
+        if isinstance(other, ClassConditional) and isinstance(pipe, ClassConditional) and other.classes != pipe.classes:
+            raise StoreError(f"'{path}' has the classes {', '.join(other.classes)}; its parent's are, in this order: {', '.join(pipe.classes)}")
         return {name: p.detach() for name, p in other.named().items()}
     try:
         kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        parts = {"UNet2DConditionModel": ("unet", UNet2DConditionModel), "AutoencoderKL": ("vae", AutoencoderKL)}
-        part, cls = parts[kind]
+        part, cls = PARTS[kind]
         model = cls.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
         if lacking := [name for name, p in model.named_parameters() if p.is_meta]:
             raise ValueError(f"it lacks {lacking[0]} and {len(lacking) - 1} more")
@@ -89,6 +98,8 @@ def _file(place: Path, pipe: Pipe) -> dict[str, Tensor]:
     if not tensors:
         raise StoreError(f"'{place}' holds no tensors")
     if any("lora" in name.lower() for name in tensors):
+        if not isinstance(pipe, StableDiffusion):
+            raise StoreError(f"'{place}' is a LoRA, which is read for text-to-image models only; merge it and save the weights")
         return _merged(place, pipe)
     return {name if name.startswith(tuple(f"{c}." for c in COMPONENTS)) else f"unet.{name}": t for name, t in tensors.items()}
 

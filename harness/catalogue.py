@@ -89,6 +89,21 @@ def _value(text: str, hint: Any, where: str) -> Any:
         raise SpecError(f"{where} must be {' or '.join(map(str, options)) or allowed.get(hint, hint)}, got '{text}'") from None
 
 
+def families(cls: type[Any]) -> tuple[str, ...]:
+    """The families of models that a stage runs on; one that says nothing is for text-to-image models."""
+    return tuple(getattr(cls, "families", ("text-to-image",)))
+
+
+def fits(stage: Any, family: str) -> None:
+    """SpecError, with what would do instead, where a stage does not run on models of this family."""
+    if family in families(type(stage)):
+        return
+    _, kind, name = f"..{type(stage).__module__}".rsplit(".", 2)
+    others = [each for each in names(kind) if family in families(find(kind, each))] if kind in CLASSES else []
+    runs = " and ".join(families(type(stage)))
+    raise SpecError(f"'{name}' runs on {runs} models and this one is {family}; {kind} that runs on it: {', '.join(others) or 'none'}")
+
+
 def fields(stage: Any) -> dict[str, Any]:
     """A stage's fields, for reports."""
     return {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}

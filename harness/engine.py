@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import pipeline, sampling
+from harness import catalogue, pipeline, sampling
 from harness.errors import PreconditionError, ResurgenceError, StoreError
 from harness.pipeline import Pipe
 from harness.spec import Base, ImageSet, Lineage, Sampler, Stage, key
@@ -111,10 +111,10 @@ class Engine:
         return Lineage(lineage.base, lineage.task)
 
     def _needed(self, lineage: Lineage) -> list[tuple[str, Wanted]]:
-        """The image sets that the last stage wants from the base model."""
+        """The image sets that the last stage, which must fit the model's family, wants from the base model."""
         stage = lineage.stages[-1]
-        sets = stage.images(lineage.task.view(stage.reads))
-        return [(name, (chosen, lineage.task.sampler)) for name, chosen in sets.items()]
+        catalogue.fits(stage, pipeline.family(lineage.base))
+        return [(name, (chosen, lineage.task.sampler)) for name, chosen in stage.images(lineage.task.view(stage.reads)).items()]
 
     def _snapshot(self, lineage: Lineage) -> int:
         """Steps of the longest shorter snapshot of the same trajectory, 0 if there is none."""

@@ -8,6 +8,7 @@ A folder is of the Stable Diffusion 1.x / 2.x layout (diffusers') or a class-con
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -100,6 +101,7 @@ def _folder(source: str) -> Path:
     return folder if folder.is_dir() else _download(source)
 
 
+@cache
 def family(base: Base) -> str:
     """The family that a model is of, without loading it."""
     return _kind(_folder(base.source)).family

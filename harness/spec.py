@@ -208,6 +208,7 @@ class Stage(Protocol):
     the absolute step only, so a longer run continues a shorter one.
     """
 
+    # `families: ClassVar[tuple[str, ...]]` names the families of models it runs on; without it, "text-to-image" alone.
     version: ClassVar[int]  # bump when results change
     reads: ClassVar[tuple[str, ...]]  # the parts of the task it may see
 

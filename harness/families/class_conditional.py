@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
-from harness.errors import SpecError, StoreError, unknown
+from harness.errors import StoreError, unknown
 from harness.families.pipe import Pipe, pixels
 
 CLASSES = "classes.json"
@@ -33,7 +33,7 @@ class ClassConditional(Pipe):
         rows = unet.config.num_class_embeds
         if rows != len(self.classes) + 1:
             wanted = f"one more than the classes, for the null label of guidance: {len(self.classes) + 1}"
-            raise SpecError(f"{CLASSES} names {len(self.classes)} classes and the UNet's num_class_embeds is {rows}; it must be {wanted}")
+            raise StoreError(f"{CLASSES} names {len(self.classes)} classes and the UNet's num_class_embeds is {rows}; it must be {wanted}")
         self._labels = {name: label for label, name in enumerate([*self.classes, ""])}
         super().__init__({"unet": unet}, config, device)
 

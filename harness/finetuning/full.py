@@ -29,6 +29,7 @@ class Finetune:
     seed: int = 0
 
     version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
     reads: ClassVar[tuple[str, ...]] = ("finetune",)
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:

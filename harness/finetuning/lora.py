@@ -41,6 +41,7 @@ class Finetune:
 
     version: ClassVar[int] = 1
     trains: ClassVar[str] = "unet"
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
     reads: ClassVar[tuple[str, ...]] = ("finetune",)
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:

@@ -24,7 +24,9 @@ class Method:
     true noise as target, so the optimum is a proper minimum. One double batch: 2F + 2B a step.
 
     No public code. Differs from the paper: all images are drawn by the base model itself; lambda, which the
-    paper's text does not state, is 1 unless given; an image of the anchor under a prompt is paired with that prompt.
+    paper's text does not state, is 1 unless given; an image of the anchor under a prompt is paired with that prompt. On
+    a class-conditional model the prompt is the class, and the paper's alternative is the class that follows it: that is
+    for the task to say, whose anchor, unlike the paper's, is no part of the retain set.
     """
 
     lam: float = 1.0  # the paper's lambda
@@ -36,6 +38,7 @@ class Method:
     seed: int = 0
 
     version: ClassVar[int] = 2
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
     reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:

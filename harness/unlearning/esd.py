@@ -26,7 +26,8 @@ class Method:
 
     Reference: rohitgandikota/erasing@a2189e9 (paper's code) and @25613d2 (newer). The newer code's
     `negative_guidance` equals eta + 1. Differs from them: t is the exact timestep of x_t (the paper's code draws it
-    from a bucket 39-58 steps noisier); DDIM, so every timestep can be drawn; float32 weights; the model's own size.
+    from a bucket 39-58 steps noisier); DDIM, so every timestep can be drawn; float32 weights; the model's own size. A
+    class-conditional model has no cross-attention (`trains` is u, f or selfattn): c is the class, "" its null label.
     """
 
     trains: str = "x"  # x, x-strict, u, f, selfattn
@@ -41,6 +42,7 @@ class Method:
     seed: int = 0
 
     version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
     reads: ClassVar[tuple[str, ...]] = ("erased",)
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
