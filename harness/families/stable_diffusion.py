@@ -14,6 +14,8 @@ from transformers import CLIPTextModel
 from harness.errors import SpecError, StoreError
 from harness.families.pipe import Pipe, pixels
 
+KEPT = 1024  # prompts whose embeddings stay in memory: 240 MB for SD 1.x
+
 
 class StableDiffusion(Pipe):
     """A prompt is text; its condition is the text encoder's output (n, context, width)."""
@@ -42,6 +44,8 @@ class StableDiffusion(Pipe):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings (n, context, width). A prompt longer than the context is an error, not a cut."""
+        if len(self._embeddings) + len(prompts) > KEPT:
+            self._embeddings.clear()
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeddings:
                 ids = self.tokens(prompt).to(self.device)
