@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fixtures.controller import POCKET, notices
 from harness import pipeline
 from harness.pocket import data, ddpm, labels
 from harness.spec import Sampler, sha256
@@ -100,6 +101,12 @@ def test_the_command_leaves_a_model_and_its_card(tmp_path: Path, monkeypatch: py
 def ddpm_weights() -> str:
     """The weights' place in the folder."""
     return "unet/diffusion_pytorch_model.safetensors"
+
+
+def test_its_reports_say_what_it_is_good_for() -> None:
+    """As the pocket model's do."""
+    assert notices("pocket-ddpm") == (POCKET,)
+    assert notices("a/folder") == ()
 
 
 def test_accuracy_is_the_share_of_pictures_that_are_named_right(monkeypatch: pytest.MonkeyPatch) -> None:
