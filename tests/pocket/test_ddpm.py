@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fixtures.controller import POCKET, notices
-from harness import pipeline
-from harness.pocket import data, ddpm, labels
+from harness import pipeline, sampling
+from harness.detection.classifier import Detector
+from harness.pocket import DDPM, data, ddpm, labels
 from harness.spec import Sampler, sha256
 
 CPU = torch.device("cpu")
@@ -63,8 +64,9 @@ def test_training_is_seeded_and_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     few, again, many = (dict(ddpm.train(images, truth, steps, CPU, (8, 8, 16)).named_parameters()) for steps in (1, 1, 12))
     assert all(torch.equal(tensor, again[name]) for name, tensor in few.items())
     assert loss(many, images, truth) < 0.8 * loss(few, images, truth)
-    assert not torch.equal(few["class_embedding.weight"][10], many["class_embedding.weight"][10])  # the null label was trained
-    assert torch.allclose(few["class_embedding.weight"][5], many["class_embedding.weight"][5], atol=1e-3)  # what never occurred was not
+    change = (many["class_embedding.weight"] - few["class_embedding.weight"]).abs().amax(1)
+    assert min(change[at] for at in (0, 1, 10)) > 4e-3  # what occurred, and the null label
+    assert max(change[2:10]) < 2e-3  # what never occurred merely decays
 
 
 def loss(weights: dict[str, torch.Tensor], images: torch.Tensor, truth: torch.Tensor) -> float:
@@ -132,3 +134,28 @@ def test_accuracy_is_the_share_of_pictures_that_are_named_right(monkeypatch: pyt
     assert first.shape == (10, 8, 3, 4, 4)
     eyes.blind = True
     assert ddpm.accuracy(None, eyes, ddpm.SETTINGS, 9)[0] == {name: float(name == "cat") for name in ddpm.CLASSES}  # type: ignore[arg-type]
+
+
+# --- what is shipped -------------------------------------------------------------------------------------------------
+
+shipped = pytest.mark.skipif(not DDPM.is_dir(), reason="the model is not trained yet: python -m harness.pocket.ddpm")
+
+
+@shipped
+def test_the_shipped_model_is_what_its_card_says() -> None:
+    """Digests of every file but the card and the grid, the classes, and the figures that were aimed at."""
+    card = json.loads((DDPM / "card.json").read_text(encoding="utf-8"))
+    files = {p.relative_to(DDPM).as_posix(): sha256(p) for p in DDPM.rglob("*") if p.is_file() and p.name not in ("card.json", "grid.png")}
+    assert files == card["files"]
+    assert set(card["figures"]["accuracy"]) == set(ddpm.CLASSES)
+    assert card["figures"]["settings"]["ddim_steps"] <= 20
+    assert card["figures"]["mean_accuracy"] >= 0.97
+
+
+@shipped
+def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
+    """Two fresh pictures of each class, at the card's settings: the detector names at least 17 of 20."""
+    pipe, eyes = pipeline.load(pipeline.identify("pocket-ddpm")), Detector("pocket")
+    names = [name for name in ddpm.CLASSES for _ in range(2)]
+    seen = eyes(sampling.draw(pipe, names, range(7000, 7020), ddpm.SETTINGS).float() / 255).argmax(dim=1)
+    assert sum(eyes.labels[at] == name for at, name in zip(seen.tolist(), names, strict=True)) >= 17
