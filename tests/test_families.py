@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import catalogue, pipeline, sampling
+from harness import catalogue, pipeline, pocket, sampling
 from harness.candidate import Candidate
 from harness.catalogue import Spec
 from harness.engine import Engine
@@ -121,7 +121,8 @@ def test_every_kind_of_folder_loads_and_draws(tmp_path, kind):
     rounded = {name: p.to(kind.get("dtype", torch.float32)).float() for name, p in weights(made()).items()}
     assert moved(weights(pipe), rounded) == set()
     assert pipe.schedule.config.prediction_type == kind.get("prediction_type", "epsilon")
-    assert not (pipe.unet.training or made().unet.training)  # loaded, or put together from parts that train
+    assert not pipe.unet.training
+    assert not made().unet.training  # its parts were training
     assert not any(p.requires_grad for p in pipe.named().values())
     images = sampling.draw(pipe, ["x", "y"], [1, 1], SAMPLER)
     assert (images.dtype, images.shape) == (torch.uint8, (2, 3, 8, 8))
@@ -185,6 +186,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "one class too few": (classes(json.dumps(CLASSES[1:])), "names 9 classes and the UNet's num_class_embeds is 11; it must be one more .*: 10"),
     "the null class listed": (classes(json.dumps([*CLASSES, "null"])), "names 11 classes and the UNet's num_class_embeds is 11; it must be one more .*: 12"),
+    "garbled UNet": (lambda place: (place / "unet" / "config.json").write_text("{"), "does not load as a class-conditional DDPM"),
     "a class twice": (classes(json.dumps(["x", *CLASSES[:-1]])), "is no list of different names"),
     "an empty name": (classes(json.dumps(["", *CLASSES[1:]])), "is no list of different names"),
     "a table": (classes(json.dumps(dict.fromkeys(CLASSES, 1))), "is no list of different names"),
@@ -491,7 +493,8 @@ def test_a_lora_file_is_refused(tmp_path):
 
 
 def test_a_shipped_name_is_a_folder(monkeypatch, saved):
-    """`pocket-ddpm` is found as `pocket` is."""
+    """`pocket-ddpm` is found as `pocket` is, in its own place."""
+    assert pipeline.SHIPPED["pocket-ddpm"] == pocket.DDPM
     monkeypatch.setitem(pipeline.SHIPPED, "pocket-ddpm", saved)
     assert identify("pocket-ddpm") == Base(identify(str(saved)).digest, "pocket-ddpm")
     assert moved(weights(pipeline.load(identify("pocket-ddpm"))), weights(made())) == set()
