@@ -435,8 +435,9 @@ def test_a_stage_of_another_family_is_refused_before_anything_is_made(root, base
     """It names the families that the stage is for, the model's, and the stages that would do; nothing is drawn or kept."""
     engine = Engine(Store(tmp_path))
     message = r"'uce' runs on text-to-image models and this one is class-conditional; unlearning that runs on it: (\w+, )*dimum, (\w+, )*esd"
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(SpecError, match=message) as error:
         engine.checkpoint(root.then(uce.Method()))
+    assert "uce" not in str(error.value).rpartition("on it: ")[2].split(", ")
     with pytest.raises(SpecError, match=message):
         engine.build([root.then(esd.Method(trains="f", steps=1), uce.Method())])
     with pytest.raises(SpecError, match="runs on class-conditional models and this one is text-to-image"):

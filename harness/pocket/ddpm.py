@@ -168,13 +168,10 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(arguments.device)
     images, truth = examples(data.load("generator", arguments.work / "cache", arguments.icons, size=vae.SIZE))
     print(f"{len(images)} pictures of {len(CLASSES)} classes", flush=True)
-    started = time.monotonic()
     unet = train(images, truth, arguments.steps, device, arguments.channels)
-    seconds = round(time.monotonic() - started, 1)
     save(unet, arguments.out)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     parameters = sum(p.numel() for p in unet.parameters())
-    card(arguments.out, arguments.each, steps=arguments.steps, channels=arguments.channels, parameters=parameters, device=where, seconds=seconds)
+    card(arguments.out, arguments.each, steps=arguments.steps, channels=arguments.channels, parameters=parameters, device=device.type)
 
 
 if __name__ == "__main__":
