@@ -60,18 +60,18 @@ def balance(target: np.ndarray, heavy: int, share: float) -> np.ndarray:
     return np.asarray(chance / chance.sum())
 
 
-def train(pictures: Pictures, target: np.ndarray, classes: int, args: dict[str, Any], steps: int, seed: int) -> Any:
-    """Seeded training. The last class is `none`: a fifth of the pictures, and all that show nothing."""
+def train(pictures: Pictures, target: np.ndarray, classes: int, args: dict[str, Any], steps: int, seed: int, device: torch.device) -> Any:
+    """Seeded training on `device`. The last class is `none`: a fifth of the pictures, and all that show nothing."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = timm.create_model(ARCHITECTURE, num_classes=classes, **args).to(memory_format=torch.channels_last)
+    model = timm.create_model(ARCHITECTURE, num_classes=classes, **args).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=0.15)
     chance, started = balance(target, classes - 1, 0.2), time.monotonic()
     for step in range(steps):
         rows = rng.choice(len(target), size=BATCH, p=chance)
-        batch = torch.cat([soften(to_tensor(pictures.images[rows]), rng), nothings(4, rng)])
-        truth = torch.from_numpy(np.append(target[rows], [classes - 1] * 4).astype(np.int64))
+        batch = torch.cat([soften(to_tensor(pictures.images[rows]), rng), nothings(4, rng)]).to(device)
+        truth = torch.from_numpy(np.append(target[rows], [classes - 1] * 4).astype(np.int64)).to(device)
         value = functional.cross_entropy(model(batch.to(memory_format=torch.channels_last)), truth, label_smoothing=0.02)
         optimiser.zero_grad()
         value.backward()
@@ -79,25 +79,26 @@ def train(pictures: Pictures, target: np.ndarray, classes: int, args: dict[str, 
         schedule.step()
         if step % 100 == 0:
             print(f"classifier {step}/{steps} loss {value.item():.3f} {time.monotonic() - started:.0f} s", flush=True)
-    return model.eval()
+    return model.cpu().eval()
 
 
-def train_detector(pictures: Pictures, steps: int, seed: int) -> Any:
+def train_detector(pictures: Pictures, steps: int, seed: int, device: torch.device) -> Any:
     """People, objects (whatever their style), characters, the mask, none."""
-    return train(pictures, pictures.label.astype(np.int64), len(labels()), DETECTOR_ARGS, steps, seed)
+    return train(pictures, pictures.label.astype(np.int64), len(labels()), DETECTOR_ARGS, steps, seed, device)
 
 
-def train_style(pictures: Pictures, steps: int, seed: int) -> Any:
+def train_style(pictures: Pictures, steps: int, seed: int, device: torch.device) -> Any:
     """The four styles, none."""
     styles = len(vocabulary()["concepts"]["styles"])
     target = np.where(pictures.style < 0, styles, pictures.style).astype(np.int64)
-    return train(pictures, target, styles + 1, STYLE_ARGS, steps, seed)
+    return train(pictures, target, styles + 1, STYLE_ARGS, steps, seed, device)
 
 
 @torch.no_grad()
 def probabilities(model: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """(n, classes) of pictures in [-1, 1], of any size."""
-    return torch.cat([model(resized(part)).softmax(dim=1) for part in pictures.split(256)])
+    """(n, classes) of pictures in [-1, 1], of any size, on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([model(resized(part.to(device))).softmax(dim=1).cpu() for part in pictures.split(256)])
 
 
 def save(model: Any, args: dict[str, Any], names: list[str], folder: Path) -> None:

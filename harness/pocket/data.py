@@ -65,14 +65,20 @@ def render(split: str, icons: str) -> Pictures:
     return Pictures(pictures, *(np.array([row[column] for row in rows], dtype=np.int16) for column in (1, 2, 3)))
 
 
-def load(split: str, work: Path, icons: str, *, size: int = SIZE) -> Pictures:
-    """The split from the work folder, rendered first if need be; for the generator, averaged down to 32 pixels."""
+def prepare(split: str, work: Path, icons: str) -> Path:
+    """Where the split's pictures are, rendered first if need be."""
     path = work / f"{split}.npz"
     if not path.is_file():
         work.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part.npz")
         np.savez(temporary, **render(split, icons)._asdict())
         temporary.rename(path)
+    return path
+
+
+def load(split: str, work: Path, icons: str, *, size: int = SIZE) -> Pictures:
+    """The split from the work folder, rendered first if need be; for the generator, averaged down to 32 pixels."""
+    path = prepare(split, work, icons)
     with np.load(path) as saved:
         pictures = Pictures(*(saved[field] for field in Pictures._fields))
     if pictures.images.shape[1:] != (SIZE, SIZE, 3):

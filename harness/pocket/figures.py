@@ -90,7 +90,7 @@ def render_rates(shared: Path, autoencoder: Any, detector: Any, style: Any) -> d
     pictures = data.load("heldout", shared, "", size=vae.SIZE)
     plain = vae.to_tensor(pictures.images)
     with torch.no_grad():
-        again = torch.cat([autoencoder.decode(autoencoder.encode(part).latent_dist.mean).sample for part in plain.split(128)])
+        again = torch.cat([autoencoder.decode(autoencoder.encode(part.to(autoencoder.device)).latent_dist.mean).sample.cpu() for part in plain.split(128)])
     truth, styles = pictures.label, len(vocabulary()["concepts"]["styles"])
     seen = classifiers.probabilities(detector, plain).argmax(dim=1).numpy()
     style_truth = np.where(pictures.style < 0, styles, pictures.style)
@@ -122,12 +122,11 @@ def grid(first: dict[str, torch.Tensor], path: Path, columns: int = 13) -> None:
     sheet.quantize(128).save(path, optimize=True)
 
 
-def measure(out: Path, shared: Path, eyes: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def measure(out: Path, shared: Path, eyes: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """All figures of the model in `out`, seen by the classifiers in `eyes`."""
-    pipe = StableDiffusionPipeline.from_pretrained(out / "model", dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(out / "model", dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
-    detector, _ = classifiers.load(eyes / "detector")
-    style, _ = classifiers.load(eyes / "style")
+    detector, style = (classifiers.load(eyes / name)[0].to(device) for name in ("detector", "style"))
     rates, first = concept_rates(pipe, detector)
     styles, styled = style_rates(pipe, style, detector)
     by_role: dict[str, list[float]] = {}
@@ -152,9 +151,9 @@ def digests(out: Path) -> dict[str, str]:
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def write(out: Path, shared: Path, own: Path, *, without: str | None, recipe: dict[str, Any]) -> None:
+def write(out: Path, shared: Path, own: Path, *, without: str | None, recipe: dict[str, Any], device: torch.device) -> None:
     """`card.json` and `grid.png` beside the main model; a control leaves `figures.json` in its work folder."""
-    figures, first = measure(out, shared, shared)
+    figures, first = measure(out, shared, shared, device)
     (own / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print({key: value for key, value in figures.items() if key != "accuracy"}, flush=True)
     if without is not None:

@@ -96,22 +96,22 @@ def features(clip: CLIPModel, ids: torch.Tensor | None = None, pixels: torch.Ten
 def contrast(logits: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
     """InfoNCE; half of the target is the own caption (teaches the background), half any caption of the subject."""
     same = (subject[:, None] == subject[None]).float()
-    target = 0.5 * torch.eye(len(subject)) + 0.5 * same / same.sum(dim=1, keepdim=True)
+    target = 0.5 * torch.eye(len(subject), device=subject.device) + 0.5 * same / same.sum(dim=1, keepdim=True)
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def train(pictures: Pictures, words: CLIPTokenizer, steps: int, seed: int) -> CLIPModel:
-    """Seeded contrastive training. No weight decay: words that are never read keep their first embedding."""
+def train(pictures: Pictures, words: CLIPTokenizer, steps: int, seed: int, device: torch.device) -> CLIPModel:
+    """Seeded contrastive training on `device`. No weight decay: words that are never read keep their first embedding."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    clip = build(words).train()
+    clip = build(words).to(device).train()
     optimiser = torch.optim.AdamW(clip.parameters(), lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=0.1)
     started = time.monotonic()
     for step, rows in zip(range(steps), batches(len(pictures.label), BATCH, seed), strict=False):
-        ids = token_ids(words, write(pictures, rows, rng))
-        logits = features(clip, pixels=to_tensor(pictures.images[rows])) @ features(clip, ids=ids).T
-        subject = torch.from_numpy(pictures.label[rows] * 8 + pictures.style[rows])
+        ids = token_ids(words, write(pictures, rows, rng)).to(device)
+        logits = features(clip, pixels=to_tensor(pictures.images[rows]).to(device)) @ features(clip, ids=ids).T
+        subject = torch.from_numpy(pictures.label[rows] * 8 + pictures.style[rows]).to(device)
         value = contrast(clip.logit_scale.exp() * logits, subject)
         optimiser.zero_grad()
         value.backward()
@@ -122,7 +122,7 @@ def train(pictures: Pictures, words: CLIPTokenizer, steps: int, seed: int) -> CL
             clip.logit_scale.clamp_(max=4.6)
         if step % 100 == 0:
             print(f"text {step}/{steps} loss {value.item():.3f} {time.monotonic() - started:.0f} s", flush=True)
-    return clip.eval()
+    return clip.cpu().eval()
 
 
 def text_tower(clip: CLIPModel) -> CLIPTextModel:
@@ -141,5 +141,5 @@ def text_tower(clip: CLIPModel) -> CLIPTextModel:
 @torch.no_grad()
 def embeddings(tower: CLIPTextModel, words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """(n, 24, 96): `encoder_hidden_states` as the pipeline computes them."""
-    ids = token_ids(words, texts)
+    ids = token_ids(words, texts).to(tower.device)
     return torch.cat([tower(part).last_hidden_state for part in ids.split(512)])

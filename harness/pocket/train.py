@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,17 @@ from transformers import CLIPModel, CLIPTokenizer
 from harness.pocket import FOLDER, classifiers, data, denoiser, figures, labels, text, vae, vocabulary
 
 LATENT_CHANNELS = 8
-SEEDS = {"vae": 11, "text": 21, "denoiser": 31, "polish": 32, "detector": 41, "style": 42}
-STEPS = {"vae": 1200, "text": 900, "denoiser": 2600, "polish": 1300, "detector": 1000, "style": 400}
+SEEDS = {"vae": 11, "text": 21, "denoiser": 31, "detector": 41, "style": 42}
+STEPS = {"vae": 4000, "text": 900, "denoiser": 7000, "detector": 2500, "style": 600}
 
 
 class Recipe:
     """The stages, in the order in which they need one another."""
 
-    def __init__(self, work: Path, out: Path, icons: str, without: str | None) -> None:
+    def __init__(self, work: Path, out: Path, icons: str, without: str | None, device: str) -> None:
         """`work` keeps what is shared, `work/main` or `work/control` what is not; `out` receives the model."""
         self.shared, self.out, self.icons, self.without = work / "cache", out, icons, without
+        self.device = torch.device(device)
         self.own = work / ("control" if without else "main")
         self.own.mkdir(parents=True, exist_ok=True)
         self.name = f"without {without}" if without else "main"
@@ -46,19 +48,19 @@ class Recipe:
         return data.load("generator", self.shared, self.icons, size=vae.SIZE).images
 
     def renders(self) -> None:
-        """Draw all three data sets."""
-        for split in data.SPLITS:
-            self.pictures(split)
+        """Draw all three data sets, side by side."""
+        with ProcessPoolExecutor(len(data.SPLITS), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(data.prepare, data.SPLITS, [self.shared] * 3, [self.icons] * 3))
 
     def detector(self) -> None:
         """Train the detector and the style classifier on their own renders."""
         pictures = data.load("detector", self.shared, self.icons)
         styles = [style["name"] for style in vocabulary()["concepts"]["styles"]]
         if not (self.shared / "detector").is_dir():
-            model = classifiers.train_detector(pictures, STEPS["detector"], SEEDS["detector"])
+            model = classifiers.train_detector(pictures, STEPS["detector"], SEEDS["detector"], self.device)
             classifiers.save(model, classifiers.DETECTOR_ARGS, labels(), self.shared / "detector")
         if not (self.shared / "style").is_dir():
-            model = classifiers.train_style(pictures, STEPS["style"], SEEDS["style"])
+            model = classifiers.train_style(pictures, STEPS["style"], SEEDS["style"], self.device)
             classifiers.save(model, classifiers.STYLE_ARGS, [*styles, "none"], self.shared / "style")
 
     def vae(self) -> AutoencoderKL:
@@ -66,7 +68,7 @@ class Recipe:
         folder = self.shared / "vae"
         if not folder.is_dir():
             images = self.images()
-            model = vae.train(images, STEPS["vae"], SEEDS["vae"], LATENT_CHANNELS)
+            model = vae.train(images, STEPS["vae"], SEEDS["vae"], LATENT_CHANNELS, self.device)
             vae.whiten(model, images[::7]).save_pretrained(folder)
         return AutoencoderKL.from_pretrained(folder).eval()
 
@@ -75,7 +77,7 @@ class Recipe:
         folder = self.own / "clip"
         if not folder.is_dir():
             words = text.tokenizer()
-            clip = text.train(self.pictures("generator"), words, STEPS["text"], SEEDS["text"])
+            clip = text.train(self.pictures("generator"), words, STEPS["text"], SEEDS["text"], self.device)
             clip.save_pretrained(folder)
             words.save_pretrained(folder)
         return CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
@@ -84,38 +86,31 @@ class Recipe:
         """Posterior means and deviations of all renders but those left out."""
         path = self.shared / "latents.pt"
         if not path.is_file():
-            torch.save(vae.encode(self.vae(), self.images()), path)
+            torch.save(vae.encode(self.vae().to(self.device), self.images()), path)
         mean, deviation = torch.load(path, weights_only=True)
         keep = torch.from_numpy(data.kept(data.load("generator", self.shared, self.icons), self.without))
         return mean[keep], deviation[keep]
 
     def denoiser(self) -> None:
-        """Train the UNet; every 650th step leaves a whole, usable model in `out`."""
-        self._denoise("denoiser", None)
-
-    def polish(self) -> None:
-        """A second, gentler cycle from the averaged UNet, with more objects and characters."""
-        self._denoise("polish", self.own / "denoiser.pt")
-
-    def _denoise(self, stage: str, start: Path | None) -> None:
+        """Train the UNet; every 1000th step leaves a whole, usable model in `out`."""
         clip, words = self.text()
         tower, autoencoder = text.text_tower(clip), self.vae()
         denoiser.train(
             self.pictures("generator"),
             self.latents(),
-            denoiser.Reader(tower, words),
-            steps=STEPS[stage],
-            seed=SEEDS[stage],
-            state=self.own / f"{stage}.pt",
+            denoiser.Reader(tower.to(self.device), words),
+            steps=STEPS["denoiser"],
+            seed=SEEDS["denoiser"],
+            state=self.own / "denoiser.pt",
             snapshot=lambda unet, _: _save(denoiser.pipeline(autoencoder, tower, words, unet), self.out / "model"),
-            start=start,
+            device=self.device,
         )
 
     def publish(self) -> None:
         """Write all folders, in fp16, to `out`."""
         clip, words = self.text()
         unet = denoiser.build(LATENT_CHANNELS)
-        denoiser.load_average(unet, self.own / "polish.pt")
+        denoiser.load_average(unet, self.own / "denoiser.pt")
         _save(denoiser.pipeline(self.vae(), text.text_tower(clip), words, unet), self.out / "model")
         if self.without is None:
             copy.deepcopy(clip).half().save_pretrained(self.out / "clip")
@@ -126,21 +121,10 @@ class Recipe:
                 args = classifiers.DETECTOR_ARGS if name == "detector" else classifiers.STYLE_ARGS
                 classifiers.save(model, args, names, self.out / name)
 
-    def seconds(self) -> dict[str, float]:
-        """Time spent in each stage so far, summed over runs."""
-        path = self.own / "seconds.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-    def spent(self, stage: str, seconds: float) -> None:
-        """Add to the time of `stage`."""
-        total = self.seconds()
-        total[stage] = round(total.get(stage, 0) + seconds, 1)
-        (self.own / "seconds.json").write_text(json.dumps(total) + "\n", encoding="utf-8")
-
     def figures(self) -> None:
         """Measure what was published, and write the card and the grid."""
-        recipe = {"seeds": SEEDS, "steps": STEPS, "latent_channels": LATENT_CHANNELS, "seconds": self.seconds()}
-        figures.write(self.out, self.shared, self.own, without=self.without, recipe=recipe)
+        recipe = {"seeds": SEEDS, "steps": STEPS, "latent_channels": LATENT_CHANNELS, "device": self.device.type}
+        figures.write(self.out, self.shared, self.own, without=self.without, recipe=recipe, device=self.device)
 
 
 def _save(pipe: Any, folder: Path) -> None:
@@ -152,7 +136,7 @@ def _save(pipe: Any, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-STAGES = ("renders", "detector", "vae", "text", "denoiser", "polish", "publish", "figures")
+STAGES = ("renders", "detector", "vae", "latents", "text", "denoiser", "publish", "figures")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--without", choices=vocabulary()["roles"], help="train a control that never meets these people")
     parser.add_argument("--work", type=Path, default=Path("pocket-work"), help="where stages keep their results")
     parser.add_argument("--out", type=Path, help=f"where the model goes; default {FOLDER}, a control: its work folder")
+    parser.add_argument("--device", default="cpu", help="what the networks are trained on; default cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     unknown = [stage for stage in arguments.stages if stage not in STAGES]
@@ -170,13 +155,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}")
     torch.set_num_threads(arguments.threads)
     out = arguments.out or (arguments.work / "control" if arguments.without else FOLDER)
-    recipe = Recipe(arguments.work, out, arguments.icons, arguments.without)
+    recipe = Recipe(arguments.work, out, arguments.icons, arguments.without, arguments.device)
     for stage in arguments.stages or STAGES:
         print(f"== {recipe.name}: {stage}", flush=True)
-        started = time.monotonic()
         step: Callable[[], object] = getattr(recipe, stage)
         step()
-        recipe.spent(stage, time.monotonic() - started)
 
 
 if __name__ == "__main__":

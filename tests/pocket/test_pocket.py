@@ -157,19 +157,16 @@ def test_mean_accuracy_meets_its_target(card: dict[str, Any]) -> None:
     assert card["figures"]["mean_accuracy"] >= 0.97
 
 
-@pytest.mark.xfail(strict=True, reason="known shortfall: four concepts are drawn at .75 to .80, see harness/pocket/README.md")
 def test_worst_accuracy_meets_its_target(card: dict[str, Any]) -> None:
     """No concept falls below 85 %."""
     assert card["figures"]["worst_accuracy"] >= 0.85
 
 
-@pytest.mark.xfail(strict=True, reason="known shortfall: one person is seen in 11 of 400 neutral pictures, see harness/pocket/README.md")
 def test_nobody_is_seen_where_nobody_was_named(card: dict[str, Any]) -> None:
     """On prompts for a person, no named person is seen in more than 2 % of the pictures."""
     assert card["figures"]["neutral"]["highest_named"] <= 0.02
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="the control is not trained to the end yet: the card holds null, and every report says so")
 def test_the_never_learned_control_does_not_draw_the_report_people(card: dict[str, Any]) -> None:
     """The control draws the retained people and none of the report people."""
     control = card["control_without_report"]
