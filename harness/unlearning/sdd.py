@@ -26,13 +26,13 @@ class Method:
 
     L = || sg[eps_theta(x_t, "", t)] - eps_theta(x_t, c_s, t) ||^2, both from the student; x_t comes from partially
     denoising noise with guidance by the teacher, an exponential moving average of the student. **The teacher is the
-    result**: a checkpoint holds it, its state the student. Minimum cost of a step: 1F without gradient + 1F+1B, besides
-    the sampling of x_t.
+    result**: a checkpoint holds it, its state the student. Nothing pins the prediction for "", which can drift.
+    Minimum cost of a step: 1F without gradient + 1F+1B, besides the sampling of x_t.
 
     Reference: nannullna/safe-diffusion@a2e820c. Its code samples x_t under all concepts, joined by commas, and
     trains on one; its README does the reverse (`sample_under="iterative", train_under="joint"`). Differs from it: an
     iterative concept is drawn and not taken in turn; t is the exact timestep of x_t (the code draws it from a
-    bucket); one image in fifty is no longer pure noise taken for a finished picture; float32.
+    bucket); where it denoises no step, x_t is noise (the code then takes a finished picture for noise); float32.
     """
 
     trains: str = "x"  # x, x-strict, u, f, selfattn
