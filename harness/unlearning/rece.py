@@ -80,12 +80,15 @@ class Method:
 
 def squares(weights: Sequence[Tensor]) -> Tensor:
     """S = sum_l W_l^T W_l (d, d), in float64 on the CPU."""
+    total = torch.zeros(weights[0].shape[1], weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
     with torch.no_grad():
-        return torch.stack([w.double().T @ w.double() for w in weights]).sum(0).cpu()
+        for weight in weights:
+            total.addmm_(weight.double().T, weight.double())
+    return total.cpu()
 
 
 def derived(m: Tensor, gram: Tensor, c: Tensor, gamma: float) -> Tensor:
     """c' (n, d), what the weights W_old M take for c (n, d): (M^T S M + gamma I)^-1 M^T S c, with S = `gram`."""
     pull = m.T @ gram
     system = pull @ m + gamma * torch.eye(len(m), dtype=torch.float64)
-    return solved((system + system.T) / 2, pull @ c.T, "gamma").T
+    return solved(system, pull @ c.T, "gamma").T

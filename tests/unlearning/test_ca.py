@@ -168,6 +168,14 @@ def test_the_first_gradient_is_that_of_a_frozen_teacher(detach: bool) -> None:
     assert all(torch.equal(found[name], p.grad) for name, p in moving.items())
 
 
+@pytest.mark.parametrize(("field", "value"), [("weight_decay", 0.5), ("clip", 1e-6), ("clip", 0.0), ("batch", 1), ("lr", 1e-3), ("images_per_prompt", 2)])
+def test_every_number_counts(field: str, value: float) -> None:
+    """Each field of the training reaches it: with another value other weights come out, and no clip is not a wide or a narrow one."""
+    stage = replace(QUICK, clip=1e-4)
+    first, second = (small.weights(small.after(each)[0], KV) for each in (stage, replace(stage, **{field: value})))
+    assert small.moved(first, second)
+
+
 # --- the start token --------------------------------------------------------------------------------------------------
 
 

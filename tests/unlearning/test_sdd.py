@@ -143,6 +143,16 @@ def test_with_and_without_the_average_the_weights_differ() -> None:
     assert small.moved(first, second) == set(first)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("guidance", 1.0), ("weight_decay", 0.5), ("clip", 1e-6), ("clip", 0.0), ("batch", 1), ("lr", 1e-3), ("sampler_steps", 3)]
+)
+def test_every_number_counts(field: str, value: float) -> None:
+    """Each field of the training reaches it: with another value other weights come out, and no clip is not a wide or a narrow one."""
+    stage = replace(QUICK, clip=1e-4)
+    first, second = (small.weights(small.after(each)[0], X) for each in (stage, replace(stage, **{field: value})))
+    assert small.moved(first, second)
+
+
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
