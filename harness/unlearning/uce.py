@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from harness.errors import PreconditionError, SpecError
+from harness.errors import PreconditionError
 from harness.pipeline import Pipe
 from harness.spec import ImageSet
 from harness.training import Run
+from harness.unlearning._concepts import distinct
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Method:
 
     Reference: rohitgandikota/unified-concept-editing@35e91e2 (2023, the paper's results: `tokens="tail"`) and
     @28c81ed (2025: `tokens="last"`, one vector per concept and "" not preserved). Differs from them: M is computed
-    once and not per layer; the guide is the task's anchor unless given; the preserved names are the task's.
+    once and not per layer; the guide is the task's anchor unless given; the preserved names are the task's. As in both,
+    the guide "" stands for the start token's vector in `last`, and for the tail from there on in `tail`.
     """
 
     guide: str | None = None  # what the concept becomes; None: the task's anchor
@@ -36,7 +38,7 @@ class Method:
     ridge: float = 0.5  # lam
     seed: int = 0  # nothing is drawn
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     trains: ClassVar[str] = "unet.xattn_kv"
     reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
 
@@ -46,30 +48,31 @@ class Method:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Multiply every key and value matrix by M, in place."""
+        weights = pipe.parameters(self.trains).values()
+        c, c_star = self.moved(pipe, self.pairs(pipe, task))
+        multiply(weights, edit(c, c_star, self.kept(pipe, task.retain.concepts), self.erase, self.preserve, self.ridge))
+
+    def pairs(self, pipe: Pipe, task: Any) -> list[tuple[str, str]]:
+        """What is asked about each concept, and the same about its guide."""
         guide = task.anchor.concepts[0] if self.guide is None else self.guide
-        pairs = [pair for c in task.erased.concepts for pair in self._pairs(task, c, guide)]
-        vectors = [self._paired(pipe, concept, wanted) for concept, wanted in pairs]
+        distinct(pipe, task.erased.concepts, (guide,), "guide")
+        texts = ("{}",) if self.prompts == "name" else task.erased.prompts
+        return [(text.replace("{}", concept), text.replace("{}", guide)) for concept in task.erased.concepts for text in texts]
+
+    def moved(self, pipe: Pipe, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """Vectors to move and where to, (n, d) each."""
+        vectors = [self._aligned(pipe, *pair) for pair in pairs]
         c, c_star = (torch.cat(side) for side in zip(*vectors, strict=True))
-        m = edit(c, c_star, self._preserved(pipe, task.retain.concepts), self.erase, self.preserve, self.ridge)
-        with torch.no_grad():
-            for weight in pipe.parameters(self.trains).values():
-                weight.copy_(weight.double() @ m.to(weight.device))
+        return c, c_star
 
-    def _pairs(self, task: Any, concept: str, guide: str) -> list[tuple[str, str]]:
-        if self.prompts == "name":
-            return [(concept, guide)]
-        return [(p.replace("{}", concept), p.replace("{}", guide)) for p in task.erased.prompts]
-
-    def _paired(self, pipe: Pipe, concept: str, guide: str) -> tuple[Tensor, Tensor]:
-        """Vectors to move and where to, (n, d) each, aligned at the last word piece of both prompts."""
-        if torch.equal(pipe.tokens(concept), pipe.tokens(guide)):
-            raise SpecError(f"the concept '{concept}' is its own guide; choose another `guide`")
+    def _aligned(self, pipe: Pipe, concept: str, guide: str) -> tuple[Tensor, Tensor]:
+        """One pair's vectors, aligned at the last word piece of both prompts."""
         e, e_star = pipe.encode([concept, guide]).double().cpu()
         i, j = last_word(pipe, concept), last_word(pipe, guide)
         length = 1 if self.tokens == "last" else len(e) - max(i, j)
         return e[i : i + length], e_star[j : j + length]
 
-    def _preserved(self, pipe: Pipe, concepts: Sequence[str]) -> Tensor:
+    def kept(self, pipe: Pipe, concepts: Sequence[str]) -> Tensor:
         """Vectors to keep (n, d)."""
         if self.tokens == "last":
             return torch.stack([pipe.encode([c])[0, last_word(pipe, c)] for c in concepts]).double().cpu()
@@ -84,11 +87,25 @@ def last_word(pipe: Pipe, prompt: str) -> int:
 def edit(c: Tensor, c_star: Tensor, kept: Tensor, a: float, b: float, lam: float) -> Tensor:
     """M (d, d) of UCE's optimum W = W_old M, from concept vectors (n, d), their targets (n, d), kept vectors (m, d).
 
-    M = (lam I + a sum c* c^T + b sum k k^T)(lam I + a sum c c^T + b sum k k^T)^-1, in float64.
+    M = (lam I + a sum c* c^T + b sum k k^T)(lam I + a sum c c^T + b sum k k^T)^-1, in float64, as
+    I + a sum (c* - c) c^T (...)^-1: exactly I where nothing is to move.
     """
-    ground = lam * torch.eye(c.shape[1], dtype=torch.float64) + b * kept.T @ kept
-    system = ground + a * c.T @ c
-    solution, info = torch.linalg.solve_ex(system, (ground + a * c_star.T @ c).T)  # the system is symmetric
-    if info != 0 or not torch.isfinite(solution).all():
-        raise PreconditionError("UCE's linear system is singular; raise `ridge` above 0")
-    return solution.T
+    eye = torch.eye(c.shape[1], dtype=torch.float64)
+    system = lam * eye + b * kept.T @ kept + a * c.T @ c
+    return eye + solved(system, a * c.T @ (c_star - c), "ridge").T
+
+
+def solved(system: Tensor, right: Tensor, field: str) -> Tensor:
+    """system^-1 right in float64, for a symmetric system (d, d) that the weight `field` makes positive definite."""
+    factor, info = torch.linalg.cholesky_ex(system)
+    least = len(system) * torch.finfo(system.dtype).eps * system.diagonal().max()
+    if info != 0 or not factor.diagonal().square().min() > least:  # NaN is above nothing
+        raise PreconditionError(f"the linear system is singular or not finite; raise `{field}` (far enough) above 0")
+    return torch.cholesky_solve(right, factor)
+
+
+@torch.no_grad()
+def multiply(weights: Iterable[Tensor], m: Tensor) -> None:
+    """W <- W M for each matrix (out, d), in place."""
+    for weight in weights:
+        weight.copy_(weight.double() @ m.to(weight.device))

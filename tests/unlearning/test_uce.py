@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.errors import PreconditionError, SpecError
 from harness.pipeline import group
-from harness.unlearning.uce import Method, edit, last_word
+from harness.unlearning.uce import Method, edit, last_word, multiply, solved
 from tests import tiny
 from tests.unlearning import _small as small
 
@@ -63,15 +63,17 @@ def test_one_vector_moves_as_far_as_a_hand_computes() -> None:
     """c = e1, c* = e2, a = 1, lam = 1, nothing kept: M = (I + e2 e1^T)(I + e1 e1^T)^-1, so M e1 = (e1 + e2) / 2 and M e2 = e2."""
     e1, e2 = torch.eye(2, dtype=torch.float64)[:, None]
     m = edit(e1, e2, torch.zeros(0, 2, dtype=torch.float64), 1.0, 0.1, 1.0)
-    assert m.tolist() == [[0.5, 0.0], [0.5, 1.0]]
+    assert close(m, torch.tensor([[0.5, 0.0], [0.5, 1.0]], dtype=torch.float64), atol=1e-15)
 
 
 @CALM
 @given(seed=SEEDS, n=COUNTS, m=st.integers(0, 5))
 def test_concepts_that_guide_themselves_change_nothing(seed: int, n: int, m: int) -> None:
-    """C* = C: both brackets of M are the same matrix, so M = I."""
+    """C* = C: both brackets of M are the same matrix, so M = I, bit for bit; and so it is where no concept is named at all."""
     c, kept = vectors(seed, n, m)
-    assert close(edit(c, c, kept, 1.0, 0.1, 0.5), torch.eye(DIM, dtype=torch.float64))
+    eye, nothing = torch.eye(DIM, dtype=torch.float64), vectors(0, 0)[0]
+    assert torch.equal(edit(c, c, kept, 1.0, 0.1, 0.5), eye)
+    assert torch.equal(edit(nothing, nothing, kept, 1.0, 0.1, 0.5), eye)
 
 
 @CALM
@@ -142,11 +144,43 @@ def test_naming_a_concept_twice_doubles_its_weight(seed: int, n: int, m: int, a:
     assert close(edit(torch.cat([c, c]), torch.cat([c_star, c_star]), kept, a, 0.1, 0.5), edit(c, c_star, kept, 2 * a, 0.1, 0.5))
 
 
-def test_a_singular_system_is_refused() -> None:
-    """lam = 0 with one vector in two dimensions leaves a direction that nothing determines."""
-    c = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    with pytest.raises(PreconditionError, match="ridge"):
-        edit(c, c, torch.zeros(0, 2, dtype=torch.float64), 1.0, 0.1, 0.0)
+@CALM
+@given(seed=SEEDS, n=st.integers(1, DIM - 1))
+def test_a_singular_system_is_refused(seed: int, n: int) -> None:
+    """lam = 0 with fewer vectors than dimensions leaves a direction that nothing determines, also where rounding hides it."""
+    c, c_star, nothing = vectors(seed, n, n, 0)
+    with pytest.raises(PreconditionError, match="`ridge`"):
+        edit(c, c_star, nothing, 1.0, 0.1, 0.0)
+
+
+@CALM
+@given(seed=SEEDS)
+def test_a_system_without_ridge_is_solved_where_the_vectors_determine_it(seed: int) -> None:
+    """lam = 0 with d orthogonal vectors: M c = c* for every one of them."""
+    c, c_star, nothing = vectors(seed, DIM, DIM, 0)
+    c = torch.linalg.qr(c)[0]
+    assert close(edit(c, c_star, nothing, 1.0, 0.1, 0.0) @ c.T, c_star.T)
+
+
+@pytest.mark.parametrize("diagonal", [(1.0, -1.0), (-1.0, 1.0), (0.0, 1.0), (1.0, 1e-17), (float("nan"), 1.0), (1.0, float("nan"))])
+def test_a_system_that_is_not_positive_definite_names_the_weight(diagonal: tuple[float, float]) -> None:
+    """A negative, vanishing or missing number on the diagonal: the error says which weight to raise."""
+    system = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    with pytest.raises(PreconditionError, match="`weight`"):
+        solved(system, torch.eye(2, dtype=torch.float64), "weight")
+
+
+@CALM
+@given(seed=SEEDS)
+def test_two_edits_after_each_other_are_not_one(seed: int) -> None:
+    """M of both concepts at once differs from M_1 M_2; with orthogonal vectors, targets and nothing kept they are the same."""
+    both = torch.linalg.qr(vectors(seed, DIM)[0])[0]
+    nothing = vectors(0, 0)[0]
+    how = (nothing, 1.0, 0.1, 0.5)
+    (c, c_star), (e, e_star) = both[:4].split(2), vectors(seed, 2, 2)
+    for concepts, targets, alike in ((c, c_star, True), (e, e_star, False)):
+        one, two = (edit(concepts[i : i + 1], targets[i : i + 1], *how) for i in (0, 1))
+        assert close(one @ two, edit(concepts, targets, *how)) is alike
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------
@@ -239,7 +273,7 @@ def test_tails_are_aligned_at_the_last_word_pieces(concept: str, guide: str, fir
     """Of 16 positions, a name of n letters has its last piece at n and a tail of 16 - n; the shorter of both tails is kept; "" starts at 0."""
     model = small.pipe()
     e, e_star = model.encode([concept, guide]).double()
-    moved, wanted = Method(tokens="tail")._paired(model, concept, guide)
+    moved, wanted = Method(tokens="tail")._aligned(model, concept, guide)
     assert len(moved) == len(wanted) == length
     assert torch.equal(moved, e[first : first + length])
     assert torch.equal(wanted, e_star[guides_first : guides_first + length])
@@ -250,7 +284,7 @@ def test_last_pairs_one_vector(concept: str, guide: str, first: int, guides_firs
     """The last word piece of the concept with that of the guide; with "" that is the start token."""
     model = small.pipe()
     e, e_star = model.encode([concept, guide]).double()
-    moved, wanted = Method(tokens="last")._paired(model, concept, guide)
+    moved, wanted = Method(tokens="last")._aligned(model, concept, guide)
     assert torch.equal(moved, e[first : first + 1])
     assert torch.equal(wanted, e_star[guides_first : guides_first + 1])
 
@@ -258,8 +292,8 @@ def test_last_pairs_one_vector(concept: str, guide: str, first: int, guides_firs
 def test_the_empty_prompt_is_preserved_with_tails_only() -> None:
     """`tail` keeps all 16 positions of "" and of each name, 3 x 16; `last` keeps one vector a name, 2."""
     model = small.pipe()
-    tail = Method(tokens="tail")._preserved(model, ("k", "l"))
-    last = Method(tokens="last")._preserved(model, ("k", "l"))
+    tail = Method(tokens="tail").kept(model, ("k", "l"))
+    last = Method(tokens="last").kept(model, ("k", "l"))
     assert torch.equal(tail, model.encode(["", "k", "l"]).double().flatten(0, 1))
     assert torch.equal(last, model.encode(["k", "l"])[:, 1].double())
 
@@ -267,10 +301,8 @@ def test_the_empty_prompt_is_preserved_with_tails_only() -> None:
 def test_with_task_prompts_concept_and_guide_share_the_template() -> None:
     """Two templates and two names make four pairs, each the same sentence about the concept and about the guide."""
     task = tiny.task()
-    method = Method(prompts="task")
-    pairs = [pair for concept in task.erased.concepts for pair in method._pairs(task, concept, "p")]
-    assert pairs == [("a x", "a p"), ("the x", "the p"), ("a y", "a p"), ("the y", "the p")]
-    assert Method()._pairs(task, "x", "p") == [("x", "p")]
+    assert Method(prompts="task").pairs(small.pipe(), task) == [("a x", "a p"), ("the x", "the p"), ("a y", "a p"), ("the y", "the p")]
+    assert Method().pairs(small.pipe(), task) == [("x", "p"), ("y", "p")]
 
 
 @pytest.mark.parametrize("tokens", ["tail", "last"])
@@ -287,7 +319,7 @@ def test_a_guide_that_is_the_concept_is_refused(guide: str, prompts: Literal["na
     """A name that becomes itself erases nothing, nor does what the tokenizer reads as that name; an error and no silent no-op, and the weights stay."""
     model, before = small.pipe(), small.weights(small.pipe())
     assert torch.equal(model.tokens("y"), model.tokens(guide))
-    with pytest.raises(SpecError, match="its own guide"):
+    with pytest.raises(SpecError, match="choose another `guide`"):
         small.after(Method(guide=guide, prompts=prompts), model=model)
     assert small.same(before, small.weights(model))
 
@@ -297,3 +329,48 @@ def test_the_guide_is_the_tasks_anchor_unless_given() -> None:
     default, given_, other, empty = (small.weights(small.after(Method(guide=guide))[0], KV) for guide in (None, "p", "q", ""))
     assert small.same(default, given_)
     assert small.moved(default, other) == small.moved(default, empty) == small.moved(other, empty) == set(default)
+
+
+def test_multiplying_by_the_identity_changes_no_bit() -> None:
+    """W I = W exactly, so an empty edit is an exact no-op on the weights."""
+    model, before = small.pipe(), small.weights(small.pipe())
+    multiply(model.parameters("unet.xattn_kv").values(), torch.eye(16, dtype=torch.float64))
+    assert small.same(before, small.weights(model))
+
+
+# --- requests that cannot be meant ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("concept", ["", " ", "12"])
+def test_a_concept_of_no_letters_is_refused(concept: str) -> None:
+    """What the tokenizer reads as an empty prompt erases the start token for everybody; the error names the task's `erased`."""
+    with pytest.raises(SpecError, match="`erased`"):
+        small.after(Method(), asking("x", concept))
+
+
+@pytest.mark.parametrize(("task", "guide"), [(asking("x" * 15), None), (asking("x", anchor="p" * 15), None), (asking("x"), "q" * 15)])
+def test_a_name_past_the_context_is_refused(task: object, guide: str | None) -> None:
+    """15 letters with start and end take 17 of 16 positions: an error with the name and the limit, not a cut."""
+    model, before = small.pipe(), small.weights(small.pipe())
+    with pytest.raises(SpecError, match=r"`erased` or `guide`: .*17 tokens .* reads 16; shorten it"):
+        small.after(Method(guide=guide), task, model)
+    assert small.same(before, small.weights(model))
+
+
+def test_embeddings_that_are_not_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in the text embeddings stops before any weight is touched."""
+    model, before = small.pipe(), small.weights(small.pipe())
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda texts: encode(texts) * float("nan"))
+    with pytest.raises(PreconditionError, match="not finite"):
+        small.after(Method(), model=model)
+    assert small.same(before, small.weights(model))
+
+
+def test_a_model_without_cross_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that matches nothing: the error names it and what there is."""
+    model = small.pipe()
+    named = {name: p for name, p in model.named().items() if not KV(name)}
+    monkeypatch.setattr(model, "named", lambda: named)
+    with pytest.raises(SpecError, match=r"'unet.xattn_kv' matches nothing .* allowed"):
+        Method()(model, tiny.task(), small.run(model, Method(), tiny.task()))
