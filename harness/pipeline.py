@@ -26,6 +26,7 @@ from harness.spec import Base, Sampler, key, sha256
 _quiet_diffusers()
 _quiet_transformers()
 COMPONENTS = ("unet", "text_encoder", "vae")
+KEPT = 1024  # prompts whose embeddings stay in memory: 240 MB for SD 1.x
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 # Parameter groups by name. Sources: ESD (rohitgandikota/erasing@a2189e9) `train_method`, in diffusers' names.
@@ -154,6 +155,8 @@ class Pipe:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings (n, context, width). A prompt longer than the context is an error, not a cut."""
+        if len(self._embeddings) + len(prompts) > KEPT:
+            self._embeddings.clear()
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeddings:
                 ids = self.tokens(prompt).to(self.device)
