@@ -93,8 +93,10 @@ class Method:
         """Edit every key and value matrix in place."""
         if not task.erased.concepts:
             return
+        mapping = self._mapping(pipe, task)
+        pairs = (coexisting(pipe, template, c, mapping) for c in task.erased.concepts for template in task.erased.prompts)
         layers, prior = pipe.parameters(self.trains), self._prior(pipe, task)
-        m = refinement(self._pairs(pipe, task), prior, self.lam1, self.ridge)
+        m = refinement(pairs, prior, self.lam1, self.ridge)
         with torch.no_grad():
             for weight in layers.values():
                 weight.copy_(weight.double() @ m.to(weight.device))
@@ -113,12 +115,13 @@ class Method:
         names = [text for c in task.retain.concepts for text in dict.fromkeys((c, *task.retain.asking(c)))]
         return gram(pipe, ["", *(line for line in lines if line.strip())]) + self.lam3 * gram(pipe, names)
 
-    def _pairs(self, pipe: Pipe, task: Any) -> list[tuple[Tensor, Tensor]]:
-        mapping = task.anchor.concepts[0] if self.mapping is None else self.mapping
+    def _mapping(self, pipe: Pipe, task: Any) -> str:
+        """The mapping concept, which is none of the erased ones."""
+        mapping: str = task.anchor.concepts[0] if self.mapping is None else self.mapping
         for concept in task.erased.concepts:
             if torch.equal(pipe.tokens(concept), pipe.tokens(mapping)):
                 raise SpecError(f"mace: mapping '{mapping}' is the concept '{concept}' itself, so nothing would be erased; choose another `mapping`")
-        return [coexisting(pipe, template, c, mapping) for c in task.erased.concepts for template in task.erased.prompts]
+        return mapping
 
     def _segmenter(self, pipe: Pipe) -> Callable[[Tensor, str], Tensor]:
         """Images and a concept to masks (n, H, W)."""
