@@ -48,7 +48,7 @@ def mace(model: str, concepts: int) -> dict[str, float]:
     m = refinement(pairs(), prior, 0.1, 0.0)
     refined = {name: (w.double() @ m).float() for name, w in weights.items()}
     half = time.perf_counter()
-    fusion = Fusion(prior, 0.1, 0.0)
+    fusion = Fusion(prior, 0.1, 0.0, {name: w.shape for name, w in weights.items()}, concepts)
     for _ in range(concepts):
         e = tokens(PROMPTS)
         loras = {name: (torch.randn(len(w), 1, generator=rng), torch.randn(1, width, generator=rng)) for name, w in weights.items()}

@@ -6,7 +6,6 @@ grow with the number of prompts; a LoRA enters the fusion through its two factor
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -85,26 +84,31 @@ class Fusion:
     sum_i sum_j ||W* e_j - (W' + up_i down_i) e_j||^2 + lam2 sum_p ||W* p - W p||^2 + ridge ||W* - W'||^2.
 
     W* = W' + (sum_i up_i (down_i G_i) + lam2 (W - W') prior) S^+ with S = sum_i G_i + lam2 prior + ridge I. A concept leaves
-    behind its share of S and, of each layer, rank x (d + d_out) numbers: 0.4 MB for SD 1.x at rank 1, 2.6 MB for SDXL.
+    behind its share of S and, of each layer, rank x (d + d_out) numbers: 0.4 MB for SD 1.x at rank 1, 3.6 MB for SDXL. They have
+    their place from the start: thousands of small tensors kept between large ones that go would tear the heap apart.
     """
 
-    def __init__(self, prior: Tensor, lam2: float, ridge: float) -> None:
+    def __init__(self, prior: Tensor, lam2: float, ridge: float, shapes: Mapping[str, Sequence[int]], ranks: int) -> None:
+        """`shapes` (d_out, d) of the layers by name; `ranks` is the sum of the ranks of all concepts' LoRAs."""
         self.pull = lam2 * prior  # of the original weights
         self.system = self.pull + ridge * torch.eye(len(prior), dtype=torch.float64)
-        self.terms: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self.up = {name: torch.zeros(out, ranks, dtype=torch.float64) for name, (out, _) in shapes.items()}
+        self.down = {name: torch.zeros(ranks, width, dtype=torch.float64) for name, (_, width) in shapes.items()}  # times G
+        self.used = 0
 
     def add(self, gram: Tensor, loras: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """A concept: sum e e^T over its prompts, and its LoRA (up (d_out, r), down (r, d)) of each layer."""
         self.system += gram
+        start = self.used
         for name, (up, down) in loras.items():
-            self.terms[name].append((up.double().cpu(), down.double().cpu() @ gram))
+            self.used = start + len(down)
+            self.up[name][:, start : self.used] = up
+            self.down[name][start : self.used] = down.double().cpu() @ gram
 
     def weights(self, refined: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
         """W* of every layer (name, float64), one at a time, from W' and W."""
         solution = inverse(self.system)
-        for name, w in refined.items():
-            w = w.detach().double().cpu()
-            right = (original[name].double().cpu() - w) @ self.pull
-            for up, down_gram in self.terms[name]:
-                right += up @ down_gram
-            yield name, w + right @ solution
+        for name, weight in refined.items():
+            w = weight.detach().double().cpu()
+            pulled = (original[name].double().cpu() - w) @ self.pull
+            yield name, w + (self.up[name] @ self.down[name] + pulled) @ solution

@@ -101,7 +101,9 @@ class Method:
             for weight in layers.values():
                 weight.copy_(weight.double() @ m.to(weight.device))
         pipe.unet.requires_grad_(False)  # the LoRAs alone learn
-        fusion, segment = Fusion(prior, self.lam2, self.ridge), self._segmenter(pipe)
+        shapes = {name: weight.shape for name, weight in layers.items()}
+        fusion = Fusion(prior, self.lam2, self.ridge, shapes, self.rank * len(task.erased.concepts))
+        segment = self._segmenter(pipe)
         for concept, images in zip(task.erased.concepts, run.images["concepts"].split(self.images_per_concept), strict=True):
             lora = self._trained(pipe, task, concept, images, segment, run)
             fusion.add(gram(pipe, task.erased.asking(concept)), lora.loras())

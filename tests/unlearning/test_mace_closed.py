@@ -167,7 +167,8 @@ def case(seed: int, concepts: int, per_concept: int = 3, rank: int = 1) -> dict[
 
 def fused(each: dict[str, Any], lam2: float, ridge: float, order: list[int] | None = None) -> Tensor:
     """W* of a case."""
-    fusion = Fusion(each["prior"].T @ each["prior"], lam2, ridge)
+    ranks = sum(len(down) for _, _, down in each["loras"])
+    fusion = Fusion(each["prior"].T @ each["prior"], lam2, ridge, {"w": (OUT, DIM)}, ranks)
     for i in order or range(len(each["loras"])):
         e, up, down = each["loras"][i]
         fusion.add(e.T @ e, {"w": (up, down)})
@@ -254,9 +255,11 @@ def test_a_concept_leaves_its_factors_and_no_gram_behind() -> None:
     """With 1, 10 and 100 concepts the fusion grows by rank x (d + d_out) numbers each, not by d x d, and not by the number of tokens."""
     sizes = []
     for concepts in (1, 10, 100):
-        fusion = Fusion(EYE, 0.1, 0.0)
+        fusion = Fusion(EYE, 0.1, 0.0, {"w": (OUT, DIM)}, concepts)
         for i in range(concepts):
             (e,) = vectors(i, 50)
             fusion.add(e.T @ e, {"w": (torch.ones(OUT, 1), torch.ones(1, DIM))})
-        sizes.append(fusion.system.numel() + fusion.pull.numel() + sum(up.numel() + down.numel() for pair in fusion.terms.values() for up, down in pair))
+        kept = [fusion.system, fusion.pull, *fusion.up.values(), *fusion.down.values()]
+        assert set(vars(fusion)) == {"system", "pull", "up", "down", "used"}
+        sizes.append(sum(each.numel() for each in kept))
     assert sizes == [2 * DIM * DIM + n * (DIM + OUT) for n in (1, 10, 100)]
