@@ -85,6 +85,8 @@ class Method:
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
         """`images_per_concept` of each erased concept, its prompts in turn. Their seeds depend on the concept, not on its place."""
+        if not self.lora_steps:
+            return {}
         every = [(c, i) for c in task.erased.concepts for i in range(self.images_per_concept)]
         prompts = tuple((asked := task.erased.asking(c))[i % len(asked)] for c, i in every)
         return {"concepts": ImageSet(prompts, tuple(seed_of("training image", self.seed, c, i) for c, i in every))}
@@ -93,9 +95,9 @@ class Method:
         """Edit every key and value matrix in place."""
         if not task.erased.concepts:
             return
-        mapping = self._mapping(pipe, task)
-        pairs = (coexisting(pipe, template, c, mapping) for c in task.erased.concepts for template in task.erased.prompts)
+        mapping, segment = self._mapping(pipe, task), self._segmenter(pipe)
         layers, prior = pipe.parameters(self.trains), self._prior(pipe, task)
+        pairs = (coexisting(pipe, template, c, mapping) for c in task.erased.concepts for template in task.erased.prompts)
         m = refinement(pairs, prior, self.lam1, self.ridge)
         with torch.no_grad():
             for weight in layers.values():
@@ -103,10 +105,9 @@ class Method:
         pipe.unet.requires_grad_(False)  # the LoRAs alone learn
         shapes = {name: weight.shape for name, weight in layers.items()}
         fusion = Fusion(prior, self.lam2, self.ridge, shapes, self.rank * len(task.erased.concepts))
-        segment = self._segmenter(pipe)
-        for concept, images in zip(task.erased.concepts, run.images["concepts"].split(self.images_per_concept), strict=True):
-            lora = self._trained(pipe, task, concept, images, segment, run)
-            fusion.add(gram(pipe, task.erased.asking(concept)), lora.loras())
+        for i, concept in enumerate(task.erased.concepts):
+            loras = self._trained(pipe, task, i, segment, run).loras() if self.lora_steps else {}
+            fusion.add(gram(pipe, task.erased.asking(concept)), loras)
         with torch.no_grad():
             for name, weight in fusion.weights(layers, run.original):
                 layers[name].copy_(weight)
@@ -127,13 +128,14 @@ class Method:
 
     def _segmenter(self, pipe: Pipe) -> Callable[[Tensor, str], Tensor]:
         """Images and a concept to masks (n, H, W)."""
-        if self.segmenter == "grounded_sam":
+        if self.segmenter == "grounded_sam" and self.lora_steps:
             return _segment.GroundedSam(self.grounding_dino, self.sam, pipe.device)
-        place = {"border": _segment.border, "whole": _segment.whole}[self.segmenter]
+        place = _segment.border if self.segmenter == "border" else _segment.whole
         return lambda images, concept: place(images)
 
-    def _trained(self, pipe: Pipe, task: Any, concept: str, images: Tensor, segment: Callable[[Tensor, str], Tensor], run: Run) -> Lora:
-        """The concept's LoRA after its steps. It depends on the concept's name, not on its place in the list."""
+    def _trained(self, pipe: Pipe, task: Any, i: int, segment: Callable[[Tensor, str], Tensor], run: Run) -> Lora:
+        """The LoRA of the task's i-th erased concept after its steps; its randomness depends on the concept's name, not on i."""
+        concept, images = task.erased.concepts[i], run.images["concepts"][i * self.images_per_concept :][: self.images_per_concept]
         mine = Run(seed_of("lora", run.seed, concept), report=run.report)
         lora = Lora(pipe, self.rank, mine.rng("lora"))
         batch_at = self._batches(pipe, task, concept, images, segment(images, concept).to(pipe.device))

@@ -183,6 +183,18 @@ def test_the_loss_falls() -> None:
     assert sum(run.losses[-5:]) < 0.8 * sum(run.losses[:5])
 
 
+def test_without_lora_steps_no_image_and_no_segmenter_is_asked_for() -> None:
+    """The closed forms alone: no images, no pass, no download, and the fused weights differ from the refined ones only by the prior's pull."""
+    stage, model = replace(QUICK, lora_steps=0, segmenter="grounded_sam", lam2=0.0), small.pipe()
+    assert stage.images(tiny.task()) == {}
+    before = small.weights(model, KV)
+    small.after(stage, model=model)
+    assert model.passes == 0
+    pairs = [_mace_closed.coexisting(model, template, c, "p") for c in "xy" for template in tiny.task().erased.prompts]
+    m = _mace_closed.refinement(pairs, stage._prior(model, tiny.task()), stage.lam1, stage.ridge)
+    assert all(torch.allclose(model.named()[name], (w.double() @ m).float(), atol=1e-5) for name, w in before.items())
+
+
 def test_eight_images_of_each_concept_under_its_prompts_in_turn() -> None:
     """As in the paper: 8 each, here four of each of two prompts, every seed once."""
     drawn = Method().images(tiny.task())["concepts"]
