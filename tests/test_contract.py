@@ -23,7 +23,7 @@ from harness.training import Run
 from tests import tiny
 
 STAGES = [(kind, name) for kind in ("unlearning", "finetuning") for name in catalogue.names(kind)]
-SMALL = {"steps": 2, "lr": 1e-2, "batch": 2, "images_per_prompt": 1, "sampler_steps": 3}
+SMALL = {"steps": 2, "lr": 1e-2, "batch": 2, "images_per_prompt": 1, "sampler_steps": 3, "lora_steps": 2, "images_per_concept": 2, "segmenter": "whole"}
 TASK = tiny.task()
 every_stage = pytest.mark.parametrize(("kind", "name"), STAGES)
 
