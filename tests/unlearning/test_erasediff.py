@@ -40,16 +40,16 @@ def test_the_gradient_barrier_descends_on_the_constraint(kept: Tensor, forgotten
     """d = g_r + lambda g_q has <d, g_q> >= eta ||g_q||^2, with equality unless lambda = 0; lambda is 0 where g_r alone descends enough."""
     both = torch.stack([kept, forgotten])
     one, lam = Method(barrier="gradient", eta=eta).weigh(torch.ones(2), both @ both.T)
-    square = forgotten @ forgotten
+    square = (forgotten @ forgotten).item()
     assert one == 1
     assert lam >= 0
     if square > 1e-6:
         descent = (kept + lam * forgotten) @ forgotten
         assert descent >= eta * square - 1e-6 * (1 + square)
         if kept @ forgotten >= eta * square:
-            assert lam == pytest.approx(0, abs=1e-9)
+            assert lam.item() == pytest.approx(0, abs=1e-9)
         else:
-            assert descent == pytest.approx(eta * square, rel=1e-6, abs=1e-6)
+            assert descent.item() == pytest.approx(eta * square, rel=1e-6, abs=1e-6)
 
 
 @CALM
@@ -59,7 +59,7 @@ def test_the_value_barrier_descends_as_far_as_the_constraint_is_violated(kept: T
     both = torch.stack([kept, forgotten])
     _, lam = Method(barrier="value", eta=eta).weigh(torch.tensor([1.0, q], dtype=torch.float64), both @ both.T)
     if forgotten @ forgotten > 1e-6:
-        assert (kept + lam * forgotten) @ forgotten == pytest.approx(max(eta * q, (kept @ forgotten).item()), rel=1e-6, abs=1e-6)
+        assert ((kept + lam * forgotten) @ forgotten).item() == pytest.approx(max(eta * q, (kept @ forgotten).item()), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("barrier", ["gradient", "value"])
@@ -101,7 +101,7 @@ def test_the_inner_copy_is_minimised_and_the_weights_stay(trains: str) -> None:
     model.swapped = lambda tensors: copied.append(set(tensors)) or swapped(tensors)  # type: ignore[method-assign]
     start = f().item()
     for steps in (0, 1, 3):
-        least = replace(QUICK, inner_steps=steps, lr=1e-3)._least(model, f)
+        least = replace(QUICK, inner_steps=steps, lr=1e-5)._least(model, f)
         assert least < start if steps else least == start
         assert small.same(before, small.weights(model))
     assert {n: p.data_ptr() for n, p in parameters.items()} == storage

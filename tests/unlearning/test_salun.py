@@ -128,7 +128,7 @@ def test_the_target_is_the_current_model_under_the_anchors_name() -> None:
     model, task = small.pipe(), tiny.task()
     seen = small.witness(model)
     stage = replace(QUICK, sparsity=0.0, alpha=2.0)
-    _, run = small.after(stage, task, model)
+    small.after(stage, task, model)
     texts = [{p: model.encode([p])[0] for c in g.concepts for p in task.erased.asking(c)} for g in (task.anchor, task.erased)]
     for step in range(3):
         kept, target, student = seen[3 * step : 3 * step + 3]
@@ -169,7 +169,7 @@ def test_a_step_costs_three_forward_and_two_backward_passes() -> None:
 
 
 def test_the_benchmarks_port_sees_one_batch_and_has_no_mask() -> None:
-    """"unlearncanvas": all of the cross-attention moves, nothing else, and images after the first batch do not matter; with "canonical" they do."""
+    """ "unlearncanvas": all of the cross-attention moves, nothing else, and images after the first batch do not matter; with "canonical" they do."""
     for name, matters in (("unlearncanvas", False), ("canonical", True)):
         stage = replace(catalogue.make("unlearning", Spec.parse(PRESETS[name]), {}), steps=2, lr=1e-2, batch=2, images_per_prompt=1)
         results = []
