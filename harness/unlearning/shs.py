@@ -80,6 +80,9 @@ class Method:
     @torch.no_grad()
     def trim(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Initialise afresh the weights that the target depends on most."""
+        chosen, belongs = pipe.parameters(self.trains), group(self.trims)
+        if not any(map(belongs, chosen)):
+            raise SpecError(f"trims '{self.trims}' has no weight in trains '{self.trains}'; let trims name a group within trains")
         forget, _ = self._data(pipe, task, run)
 
         def batches() -> Iterator[tuple[Tensor, Tensor, Generator]]:
@@ -89,9 +92,6 @@ class Method:
                 yield x_0, pair[:, 0], rng
 
         sums = accumulate(pipe, run, self.trains, batches(), pipe.diffusion_loss, torch.abs)
-        chosen, belongs = pipe.parameters(self.trains), group(self.trims)
-        if not any(map(belongs, chosen)):
-            raise SpecError(f"trims '{self.trims}' has no weight in trains '{self.trains}'; let trims name a group within trains")
         mask = above({name: chosen[name].abs() * total for name, total in sums.items()}, self.sparsity)
         for name, parameter in chosen.items():
             if belongs(name):
