@@ -30,7 +30,7 @@ class Method:
     (the first-order method BOME) and lambda = max(0, (a - <grad L_r, grad q>) / ||grad q||^2). `barrier` says what a is:
     `value`, a = eta q; `gradient`, a = eta ||grad q||^2; `constant`, lambda = lam (the published runs). Only `value` lets the inner
     level move a weight: elsewhere f(theta^K) is an additive constant, and the inner copy is not made. It asks for nothing where q <= 0, and
-    q shrinks with lr and with the size of the model, so eta has no natural scale there; under `gradient` lambda is about eta.
+    q scales with lr and with the model, so eta has no natural scale there; under `gradient` lambda is about eta.
     Minimum cost: 3F + 2B a step; `value` adds (K + 1)F + K B, a copy of the group `trains` and an optimizer's state of its own.
 
     Reference: JingWu321/EraseDiff@14f4e98. Differs from it: there inner and outer steps share one Adam, which alone carries what the
