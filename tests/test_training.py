@@ -166,3 +166,91 @@ def test_adjusted_gradients_are_the_ones_that_step():
           adjust=lambda: weight.grad[0].zero_())  # fmt: skip
     assert weight[0] == START[0]
     assert (weight.detach() != torch.tensor(START))[1:].all()
+
+
+# --- losses that disagree ---------------------------------------------------------------------------------------------
+
+
+def test_terms_are_weighed_by_values_and_inner_products_of_their_gradients():
+    """Two quadratics in two tensors, by hand: what `weigh` sees, the gradient that steps, and the loss that is reported; one backward pass a term."""
+    a, b = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
+    unused, seen, passes, run = torch.ones(2, requires_grad=True), [], [], Run(0)
+    a.register_hook(lambda gradient: passes.append(gradient))
+
+    def weigh(values, gram):
+        seen.append((values.tolist(), gram.tolist()))
+        return torch.tensor([2.0, -0.5])
+
+    def terms(_):
+        return (a * a).sum() + b.sum(), 3 * a.sum() - (b * b).sum()  # gradients (2, 4; 1) and (3, 3; -6)
+
+    train([a, b, unused], terms, lambda rng: None, run, steps=1, lr=0.1, optimizer="sgd", weigh=weigh)
+    assert seen == [([8.0, 0.0], [[21.0, 12.0], [12.0, 54.0]])]
+    assert a.tolist() == pytest.approx([1 - 0.1 * (4 - 1.5), 2 - 0.1 * (8 - 1.5)])
+    assert b.tolist() == pytest.approx([3 - 0.1 * (2 + 3)])
+    assert unused.tolist() == [1, 1]
+    assert run.losses == [16.0]
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("bad", ["term", "weight"])
+def test_a_weighed_loss_that_is_not_finite_stops_the_run(bad):
+    """Whether a term or its weight is NaN, the weights stay."""
+    weight = torch.ones(1, requires_grad=True)
+    factor, share = (float("nan"), 1.0) if bad == "term" else (1.0, float("nan"))
+    with pytest.raises(PreconditionError, match="nan at step 1 of 2"):
+        train([weight], lambda _: (weight.sum(), factor * weight.sum()), lambda rng: None, Run(0), steps=2, lr=0.1,
+              weigh=lambda values, gram: torch.tensor([1.0, share]))  # fmt: skip
+    assert weight.item() == 1
+
+
+def alternate(run: Run, steps: int, start=START, **how) -> torch.Tensor:
+    """As `fit`, with a repair step towards zero of half the batch's size after each step."""
+    weight = torch.tensor(start, requires_grad=True)
+    train([weight], lambda point: (weight - point).square().sum(), lambda rng: torch.randn(3, generator=rng), run, steps=steps, lr=0.1,
+          repair=lambda point: (weight - point / 2).square().sum(), **how)  # fmt: skip
+    return weight.detach()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_repair_step_follows_each_step_with_an_optimizer_of_its_own(optimizer):
+    """The same bits as two optimizers stepped in turn by hand; the loss reported is the sum of both."""
+    run, weight = Run(seed=1), torch.tensor(START, requires_grad=True)
+    engines = [OPTIMIZERS[optimizer]([weight], lr=0.1, weight_decay=0.0) for _ in range(2)]
+    expected = []
+    for step in range(5):
+        point, total = torch.randn(3, generator=run.rng("step", step)), 0.0
+        for engine, wanted in zip(engines, (point, point / 2), strict=True):
+            engine.zero_grad()
+            loss = (weight - wanted).square().sum()
+            loss.backward()
+            engine.step()
+            total += loss.item()
+        expected.append(total)
+    assert torch.equal(weight.detach(), alternate(run, 5, optimizer=optimizer))
+    assert run.losses == expected
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_repair_steps_survive_a_stop(cut):
+    """Weights and both optimizers are the same bits whether or not the run stopped; without the repair's state they are not."""
+    unbroken, first = Run(seed=1), Run(seed=1)
+    expected, middle = alternate(unbroken, 8), alternate(first, cut).tolist()
+    second = Run(seed=1, start=cut, state=first.state)
+    assert torch.equal(expected, alternate(second, 8, middle))
+    assert unbroken.state.keys() == second.state.keys()
+    assert all(torch.equal(tensor, second.state[name]) for name, tensor in unbroken.state.items())
+    for gone in ("repair.", "0."):
+        forgetful = {name: tensor for name, tensor in first.state.items() if not name.startswith(gone)}
+        assert not torch.equal(expected, alternate(Run(seed=1, start=cut, state=forgetful), 8, middle))
+
+
+def test_the_repair_is_not_adjusted():
+    """An entry that `adjust` holds still in the first step is moved by the repair alone: as without the first step's loss."""
+    held, alone = torch.tensor(START, requires_grad=True), torch.tensor(START, requires_grad=True)
+    draw = lambda rng: torch.randn(3, generator=rng)  # noqa: E731
+    train([held], lambda p: (held[0] - p[0]).square() + (held - p).square()[1:].sum(), draw, Run(seed=1), steps=4, lr=0.1,
+          adjust=lambda: held.grad[0].zero_(), repair=lambda p: (held - p / 2).square().sum())  # fmt: skip
+    train([alone], lambda p: (alone - p / 2).square().sum(), draw, Run(seed=1), steps=4, lr=0.1)
+    assert held[0] == alone[0] != START[0]
+    assert (held.detach() != alone.detach())[1:].all()

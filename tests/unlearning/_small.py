@@ -81,3 +81,15 @@ def witness(model: Pipe, watched: str = "unet.mid_block.attentions.0.transformer
 
     model.unet.register_forward_hook(note, with_kwargs=True)
     return seen
+
+
+def backwards(model: Pipe) -> list[int]:
+    """A list that every later backward pass through the whole UNet writes its number of samples to."""
+    seen: list[int] = []
+
+    def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if output.sample.requires_grad:
+            output.sample.register_hook(lambda gradient: seen.append(len(gradient)))
+
+    model.unet.register_forward_hook(note)
+    return seen
