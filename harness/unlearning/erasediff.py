@@ -53,6 +53,7 @@ class Method:
 
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
         """Images of the erased concepts and of the retained ones."""

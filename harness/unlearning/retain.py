@@ -34,6 +34,7 @@ class Method:
 
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("retain",)
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
 
     def __post_init__(self) -> None:
         positive(self, "batch", "images_per_prompt")

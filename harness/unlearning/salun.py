@@ -50,6 +50,7 @@ class Method:
 
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)

@@ -57,6 +57,7 @@ class Method:
 
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
 
     def __post_init__(self) -> None:
         for name in ("gamma", "decay", "lam"):

@@ -15,18 +15,77 @@ from typing import Any
 
 from harness import catalogue
 from harness.catalogue import Spec
+from harness.errors import PreconditionError
+from harness.spec import Group, Lineage
 from suites.celebrity import _recipe
 
 TASK, SEED, ROUNDS = "pocket-development", 100, 4
 ERASED_AT_MOST = 0.02
+SHORT = "batch=8:images_per_prompt=5"
 TRIALS = {
-    "esd": [f"esd:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 200), ("2e-4", 100), ("3e-4", 50), ("2e-4", 200), ("3e-4", 150))],
-    "uce": [
-        *(f"uce:ridge={ridge}:preserve={keep}" for ridge in (1, 10, 100) for keep in (0.1, 1)),
-        *(f"uce:tokens=last:ridge={ridge}:preserve={keep}" for ridge, keep in ((1, 0.1), (10, 0.1), (1, 1), (0.1, 1))),
+    "esd": [
+        *(f"esd:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 200), ("2e-4", 100), ("2e-4", 200), ("3e-4", 50), ("3e-4", 100))),
+        *(f"esd:prompts=task:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 200), ("2e-4", 100))),
+        "esd:trains=x-strict:lr=3e-4:steps=100",
     ],
-    "dimum": [f"dimum:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("3e-4", 100), ("3e-4", 200), ("1e-4", 150), ("1e-4", 200))],
-}
+    "uce": [
+        *(f"uce:ridge={ridge}:preserve={keep}" for ridge, keep in ((10, 0.1), (30, 0.1), (100, 0.1), (100, 1))),
+        *(f"uce:prompts=task:ridge={ridge}:preserve={keep}" for ridge, keep in ((10, 1), (30, 1), (100, 0.1), (100, 1), (300, 1), (1000, 0.1))),
+    ],
+    "dimum": [f"dimum:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 150), ("1e-4", 200), ("2e-4", 60), ("2e-4", 100), ("3e-4", 60))],
+    "sdd": [
+        f"sdd:batch=8:sampler_steps=6:decay={decay}:corrected=true:lr={lr}:steps={n}"
+        for decay, lr, n in ((0.99, "1e-4", 200), (0.99, "2e-4", 150), (0.99, "3e-4", 100), (0.99, "3e-4", 200), (0.98, "2e-4", 100), (0.98, "2e-4", 200))
+    ],
+    "ca": [
+        *(f"ca:{SHORT}:lr={lr}:steps={n}" for lr, n in (("3e-4", 100), ("1e-3", 50), ("1e-3", 100), ("1e-3", 200))),
+        *(f"ca:{SHORT}:trains=x:detach_start=false:lr={lr}:steps={n}" for lr, n in (("3e-4", 100), ("1e-3", 100))),
+        *(f"ca:{SHORT}:trains=f:detach_start=false:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("2e-4", 100))),
+    ],
+    "ga": [
+        f"ga:{SHORT}:clip=1:lam={lam}:lr={lr}:steps={n}"
+        for lam, lr, n in ((1, "3e-5", 50), (1, "1e-4", 30), (5, "3e-5", 50), (5, "1e-4", 30), (5, "1e-4", 60), (20, "1e-4", 60), (20, "1e-4", 100))
+    ],
+    "rece": [
+        f"rece:prompts={how}:ridge={ridge}:preserve={keep}:rece_ridge={again}:epochs={n}"
+        for how, ridge, keep, again, n in (
+            ("name", 100, 0.1, 100, 3), ("name", 100, 1, 100, 3), ("name", 30, 0.1, 100, 1), ("task", 100, 1, 100, 3),
+            ("task", 300, 1, 300, 3), ("task", 100, 1, 1000, 1), ("task", 30, 1, 100, 1), ("task", 300, 1, 1000, 3),
+        )
+    ],
+    "mace": [
+        f"mace:segmenter=border:lora_batch=8:lora_lr={lr}:lora_steps={n}:lam1={one}:lam2={two}:lam3={three}"
+        for lr, n, one, two, three in (
+            ("1e-3", 50, "1e-4", "1e-4", 1), ("1e-2", 50, "1e-4", "1e-4", 1), ("1e-2", 50, "1e-2", "1e-2", 1), ("1e-2", 50, "1e-1", "1e-1", 1),
+            ("1e-2", 50, "1e-1", "1e-1", 10), ("1e-2", 50, 1, 1, 1), ("3e-3", 50, "1e-2", "1e-1", 1), ("3e-2", 50, "1e-2", "1e-1", 1),
+        )
+    ],
+    "salun": [
+        f"salun:{SHORT}:alpha={alpha}:lr={lr}:steps={n}"
+        for alpha, lr, n in ((1, "1e-4", 50), (1, "1e-4", 100), (1, "1e-4", 200), (1, "3e-4", 50), (1, "3e-4", 100), (3, "3e-4", 100))
+    ],
+    "shs": [
+        f"shs:{SHORT}:sparsity={keep}:lam={lam}:lr={lr}:steps={n}"
+        for keep, lam, lr, n in (
+            (0.995, 0.1, "1e-4", 200), (0.995, 1, "1e-4", 100), (0.995, 1, "1e-4", 200),
+            (0.995, 1, "3e-4", 100), (0.98, 1, "3e-4", 100), (0.98, 0.3, "3e-4", 200),
+        )
+    ],
+    "erasediff": [
+        f"erasediff:{SHORT}:{how}:lr={lr}:steps={n}"
+        for how, lr, n in (
+            ("barrier=value", "1e-4", 50), ("barrier=value", "1e-4", 100), ("barrier=value", "3e-4", 50),
+            ("barrier=gradient", "1e-4", 100), ("barrier=constant", "1e-4", 100), ("barrier=constant", "3e-4", 50),
+        )
+    ],
+    "sfron": [
+        f"sfron:{SHORT}:forget={how}:alpha_f={forget}:lr={lr}:decay={n}:steps={n}"
+        for how, forget, lr, n in (
+            ("rl", 1, "1e-4", 100), ("rl", 1, "3e-4", 100), ("adaga", 1, "1e-4", 100), ("adaga", 0.3, "1e-4", 100),
+            ("adaga", 0.1, "3e-4", 100), ("adaga", 1, "3e-4", 60),
+        )
+    ],
+}  # fmt: skip
 
 
 def run(store: Path, workers: int) -> dict[str, Any]:
@@ -36,10 +95,7 @@ def run(store: Path, workers: int) -> dict[str, Any]:
     groups = ((lab.task.erased, ROUNDS), (lab.task.retained, 1))
     pictures = [(lineage, wanted) for lineage in lineages.values() for group, rounds in groups for _, wanted in _recipe.asked(lab, group, rounds)]
     _recipe.fill(TASK, store, lineages.values(), pictures, workers)
-    trials = {
-        text: {name: total(_recipe.counts(lab, lineage, group, rounds)) for name, (group, rounds) in zip(("erased", "retained"), groups, strict=True)}
-        for text, lineage in lineages.items()
-    }
+    trials = {text: trial(lab, lineage, dict(zip(("erased", "retained"), groups, strict=True))) for text, lineage in lineages.items()}
     chosen = {method: choose({text: trials[text] for text in texts}) for method, texts in TRIALS.items()}
     return {
         "task": TASK,
@@ -51,15 +107,23 @@ def run(store: Path, workers: int) -> dict[str, Any]:
     }
 
 
+def trial(lab: Any, lineage: Lineage, groups: dict[str, tuple[Group, int]]) -> dict[str, Any]:
+    """What was seen of each group, or why the model could not be made."""
+    try:
+        return {name: total(_recipe.counts(lab, lineage, group, rounds)) for name, (group, rounds) in groups.items()}
+    except PreconditionError as error:
+        return {"error": str(error)}
+
+
 def total(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
     """Hits over all concepts, images, share, and the worst concept's share."""
     k, n = (sum(pair[i] for pair in counts.values()) for i in (0, 1))
     return {"k": k, "n": n, "rate": round(k / n, 4), "highest": max(k / n for k, n in counts.values())}
 
 
-def choose(trials: dict[str, dict[str, dict[str, float]]]) -> str | None:
+def choose(trials: dict[str, dict[str, Any]]) -> str | None:
     """The rule. None where no trial erases enough."""
-    able = {text: seen["retained"]["rate"] for text, seen in trials.items() if seen["erased"]["rate"] <= ERASED_AT_MOST}
+    able = {text: seen["retained"]["rate"] for text, seen in trials.items() if "error" not in seen and seen["erased"]["rate"] <= ERASED_AT_MOST}
     return max(able, key=lambda text: able[text]) if able else None
 
 
@@ -71,6 +135,9 @@ def main() -> None:
     given = parser.parse_args()
     result = run(given.store, given.workers)
     for text, seen in result["trials"].items():
+        if "error" in seen:
+            print(f"{text:45s} {seen['error']}")
+            continue
         print(f"{text:45s} erased {seen['erased']['rate']:.3f} (worst person {seen['erased']['highest']:.3f})  retained {seen['retained']['rate']:.3f}")
     print("chosen:", json.dumps(result["chosen"], indent=1))
     (Path(__file__).parent / "tune.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
