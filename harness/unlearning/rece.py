@@ -58,7 +58,7 @@ class Method:
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Multiply every key and value matrix by M, in place."""
         weights = list(pipe.parameters(self.trains).values())
-        first = uce.Method(self.guide, self.tokens, self.prompts, self.erase, self.preserve, self.ridge)
+        first = uce.Method(self.guide, self.tokens, self.prompts)
         pairs = first.pairs(pipe, task)
         prompts, wanted = (pipe.encode(side).double().cpu().flatten(0, 1) for side in zip(*pairs, strict=True))
         moved, kept = first.moved(pipe, pairs), first.kept(pipe, task.retain.concepts)
