@@ -74,8 +74,9 @@ TRIALS = {
     "erasediff": [
         f"erasediff:{SHORT}:{how}:lr={lr}:steps={n}"
         for how, lr, n in (
-            ("barrier=value", "1e-4", 50), ("barrier=value", "1e-4", 100), ("barrier=value", "3e-4", 50),
-            ("barrier=gradient", "1e-4", 100), ("barrier=constant", "1e-4", 100), ("barrier=constant", "3e-4", 50),
+            ("barrier=value:eta=30", "1e-4", 100), ("barrier=gradient:eta=0.5", "1e-4", 100), ("barrier=gradient:eta=1", "1e-4", 100),
+            ("barrier=gradient:eta=1", "3e-4", 100), ("barrier=constant:lam=1", "1e-4", 100), ("barrier=constant:lam=1", "3e-4", 60),
+            ("barrier=constant:lam=5", "1e-4", 100),
         )
     ],
     "sfron": [

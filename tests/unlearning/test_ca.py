@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from harness.data import Captioned
 from harness.errors import PreconditionError, SpecError
-from harness.pipeline import Pipe, group
+from harness.pipeline import StableDiffusion, group
 from harness.spec import Task
 from harness.training import train
 from harness.unlearning import dimum
@@ -110,7 +110,7 @@ def test_a_target_that_is_the_anchor_gives_neither_loss_nor_gradient() -> None:
 def test_noise_based_it_is_plain_training_of_the_targets_prompts_on_the_anchors_images(prediction: str) -> None:
     """Bit for bit the weights of ordinary diffusion training, for models of noise and of velocity, with the same optimizer and draws."""
     stage, task = replace(QUICK, variant="noise", detach_start=False), tiny.task()
-    model, plain = (Pipe(tiny.pipeline(prediction), small.CPU) for _ in range(2))
+    model, plain = (StableDiffusion(tiny.pipeline(prediction), small.CPU) for _ in range(2))
     _, mine = small.after(stage, task, model)
     run = small.run(plain, stage, task)
     data = Captioned(plain, run.images["anchor"], stage._renamed(task))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from harness import catalogue
 from harness.catalogue import Spec
 from harness.errors import PreconditionError, SpecError
-from harness.pipeline import Pipe
+from harness.pipeline import StableDiffusion
 from harness.spec import Group
 from harness.unlearning import _forget as forget
 from harness.unlearning import erasediff, salun, sfron, shs
@@ -56,7 +56,7 @@ def test_ties_at_the_threshold_are_left_out(scores: list[int], sparsity: float) 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_without_guidance_the_guided_loss_is_the_diffusion_loss(prediction: str) -> None:
     """w = 0, for a model that predicts noise and for one that predicts v; w = 1 is another number."""
-    pipe = Pipe(tiny.pipeline(prediction), small.CPU)
+    pipe = StableDiffusion(tiny.pipeline(prediction), small.CPU)
     x_0, c = torch.randn(3, *pipe.latent_shape, generator=torch.Generator().manual_seed(1)), pipe.encode(["a x", "a y", "the x"])
     plain = pipe.diffusion_loss(x_0, c, torch.Generator().manual_seed(2))
     assert forget.guided_loss(pipe, 0.0, x_0, c, torch.Generator().manual_seed(2)) == pytest.approx(plain.item(), rel=1e-5)
