@@ -74,9 +74,7 @@ class Method:
 
     def _digest(self) -> str | None:
         if self.prior_file is None:
-            if self.prior_digest is not None:
-                raise SpecError("mace: prior_digest without prior_file; give the file of prompts it is the digest of")
-            return None
+            return self.prior_digest
         if not (path := Path(self.prior_file)).is_file():
             raise SpecError(f"mace: prior_file '{self.prior_file}' is no file; give a text file with one prompt a line")
         if self.prior_digest not in (None, found := sha256(path)):
@@ -114,6 +112,8 @@ class Method:
 
     def _prior(self, pipe: Pipe, task: Any) -> Tensor:
         """sum p p^T (d, d) over the prior's tokens."""
+        if self.prior_digest is not None and self.prior_file is None:
+            raise SpecError("mace: prior_digest without prior_file; give the file of prompts it is the digest of")
         lines = Path(self.prior_file).read_text(encoding="utf-8").splitlines() if self.prior_file else []
         names = [text for c in task.retain.concepts for text in dict.fromkeys((c, *task.retain.asking(c)))]
         return gram(pipe, ["", *(line for line in lines if line.strip())]) + self.lam3 * gram(pipe, names)

@@ -75,7 +75,9 @@ def test_a_step_costs_one_forward_and_one_backward_pass_of_its_images(batch: int
 
 
 def test_the_loras_learn_on_the_refined_weights_and_see_noised_images_of_their_concept() -> None:
-    """During the steps the weights are W M, not W; the embeddings are those of one concept's prompts, first x, then y."""
+    """During the steps the weights are W M, not W; the embeddings are those of one concept's prompts, first x, then y;
+    y's draws are not x's again.
+    """
     model, task = small.pipe(), tiny.task()
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     w = model.named()[name].detach().clone()
@@ -84,6 +86,7 @@ def test_the_loras_learn_on_the_refined_weights_and_see_noised_images_of_their_c
     seen = small.witness(model, name)
     small.after(QUICK, task, model)
     assert all(torch.allclose(each.weight, (w.double() @ m).float(), atol=1e-6) for each in seen)
+    assert [each.t.tolist() for each in seen[:2]] != [each.t.tolist() for each in seen[2:]]
     for each, concept in zip(seen, "xxyy", strict=True):
         assert any(torch.equal(each.embeddings[0], e) for e in model.encode(task.erased.asking(concept)))
 
@@ -345,7 +348,7 @@ def test_which_tokens_are_suppressed(tokens: Any, places: list[int]) -> None:
     ("change", "says"),
     [
         ({"rank": 0}, "rank must be at least 1, got 0"), ({"lora_steps": -1}, "lora_steps"), ({"lora_batch": 0}, "lora_batch"), ({"lam1": -1.0}, "lam1"),
-        ({"images_per_concept": 0}, "images_per_concept"), ({"t1": 400}, "t1 must be below t2"), ({"prior_digest": "0"}, "prior_digest without prior_file"),
+        ({"images_per_concept": 0}, "images_per_concept"), ({"t1": 400}, "t1 must be below t2"),
         ({"prior_file": "nowhere.txt"}, "one prompt a line"),
     ],
 )  # fmt: skip
@@ -370,6 +373,31 @@ def test_images_without_a_mask_are_left_out_and_none_left_is_an_error(monkeypatc
     assert all(torch.equal(batch_at(torch.Generator().manual_seed(i))[3], masks[1:]) for i in range(5))
 
 
+def test_a_sample_has_the_mask_of_its_image_and_the_phrase_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images (latents +10 and -10) with two masks, two prompts with the name at 2 and at 4: never mixed up, and all of them drawn."""
+    model, task = small.pipe(), asking("x")
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0, :8], masks[1, 8:] = True, True
+    ends = torch.tensor([10.0, -10.0]).view(2, 1, 1, 1).expand(2, 4, 4, 4)
+    monkeypatch.setattr(model, "latents", lambda images: (ends, torch.zeros_like(ends)))
+    batch = replace(QUICK, lora_batch=32)._batches(model, task, "x", small.pictures(2), masks)(torch.Generator().manual_seed(0))
+    first = batch[0].flatten(1).mean(1) > 0
+    assert torch.equal(first, batch[3][:, 0, 0])
+    place = [2 if torch.equal(e, model.encode(["a x"])[0]) else 4 for e in batch[2]]
+    assert batch[4].int().argmax(1).tolist() == place
+    assert set(place) == {2, 4}
+    assert first.any()
+    assert not first.all()
+
+
+def test_the_fusion_is_over_the_concepts_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prior's two, one Gram a concept, of its prompts and nothing else."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr("harness.unlearning.mace.gram", lambda pipe, prompts: asked.append(list(prompts)) or _mace_closed.gram(pipe, prompts))
+    small.after(QUICK)
+    assert asked == [[""], ["k", "a k", "the k", "l", "a l", "the l"], ["a x", "the x"], ["a y", "the y"]]
+
+
 def test_a_loss_that_is_no_number_names_its_field() -> None:
     """A learning rate beyond all bounds: the error says which LoRA, which step and which field."""
     with pytest.raises(PreconditionError, match=r"LoRA of 'x'.*became nan at step \d.*`lora_lr`"):
@@ -389,5 +417,7 @@ def test_a_prior_file_is_read_and_its_bytes_are_the_address(tmp_path: Path) -> N
     model = small.pipe()
     extra = one._prior(model, tiny.task()) - replace(QUICK)._prior(model, tiny.task())
     assert torch.allclose(extra, _mace_closed.gram(model, ["m", "n"]))
+    with pytest.raises(SpecError, match="prior_digest without prior_file"):
+        small.after(replace(QUICK, prior_digest=one.prior_digest))
     with pytest.raises(SpecError, match="another file"):
         replace(QUICK, prior_file=str(files[2]), prior_digest=one.prior_digest)
