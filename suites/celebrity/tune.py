@@ -54,11 +54,14 @@ TRIALS = {
         )
     ],
     "mace": [
-        f"mace:segmenter=border:lora_batch=8:lora_lr={lr}:lora_steps={n}:lam1={one}:lam2={two}:lam3={three}"
-        for lr, n, one, two, three in (
-            ("1e-3", 50, "1e-4", "1e-4", 1), ("1e-2", 50, "1e-4", "1e-4", 1), ("1e-2", 50, "1e-2", "1e-2", 1), ("1e-2", 50, "1e-1", "1e-1", 1),
-            ("1e-2", 50, "1e-1", "1e-1", 10), ("1e-2", 50, 1, 1, 1), ("3e-3", 50, "1e-2", "1e-1", 1), ("3e-2", 50, "1e-2", "1e-1", 1),
-        )
+        *(f"mace:segmenter=border:lora_steps=0:lam1={lam}:lam2={lam}" for lam in ("1e-4", "1e-2", 1)),
+        *(
+            f"mace:segmenter=border:lora_steps=50:lora_batch=8:tokens={tokens}:lora_lr={lr}:lam1={lam}:lam2={lam}"
+            for tokens, lr, lam in (
+                ("phrase", "1e-3", "1e-2"), ("phrase", "1e-2", "1e-2"), ("phrase", "1e-2", 1),
+                ("tail", "1e-3", "1e-2"), ("tail", "1e-2", "1e-2"), ("tail", "1e-2", "1e-1"), ("tail", "1e-2", 1), ("tail", "1e-3", 1),
+            )
+        ),
     ],
     "salun": [
         f"salun:{SHORT}:alpha={alpha}:lr={lr}:steps={n}"
