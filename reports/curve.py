@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.spec import Claim
+from harness.spec import Claim, Numbers
 from reports import table, words
 
 WIDTH, HEIGHT = 420, 250  # user units of the viewBox; about pixels on a telephone
@@ -19,7 +19,7 @@ SHAPES = (
     "M0 5 4.7-3.6H-4.7z",  # triangle, upside down
 )  # one more or less than the colours, so that a colour and a shape meet again only after thirty lines
 
-Rates = Mapping[int, Mapping[str, float]]  # steps -> rate
+Rates = Mapping[int, Numbers]  # steps -> rate
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def of(claims: Sequence[Claim], styles: Mapping[str, Style], names: Mapping[str,
 def rates(cells: Iterable[Claim]) -> Rates:
     """Rates by steps; where several claims measured one step (replicates), the worst of them."""
     by_steps: dict[int, list[Claim]] = {}
-    before: dict[int, Mapping[str, float]] = {}
+    before: dict[int, Numbers] = {}
     for claim in cells:
         by_steps.setdefault(claim.steps, []).append(claim)
         if claim.before and claim.steps:

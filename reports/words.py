@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from harness.spec import BROKEN, INVALID, VERDICTS, Claim
+from harness.spec import BROKEN, INVALID, VERDICTS, Claim, Numbers
 from reports.verdict import Exit, Report
 
 TITLES = {
@@ -61,7 +61,7 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts.get(v))
 
 
-def share(rate: Mapping[str, float] | None) -> str:
+def share(rate: Numbers | None) -> str:
     """`14/40 = .35 [.22, .50]`: hits, images, rate and its bounds, rounded outwards so that no digit claims too much."""
     if rate is None:
         return "not measured"

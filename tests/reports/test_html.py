@@ -12,7 +12,8 @@ from typing import Any
 from hypothesis import given, settings
 
 from reports import html
-from reports.verdict import Report, write
+from reports.files import write
+from reports.verdict import Report
 from tests.reports.samples import NAMES, claim, forgotten, png, resurged, retained
 
 VOID = {"meta", "link", "img", "input"}
