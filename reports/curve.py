@@ -68,11 +68,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """A whole drawing. `tolerance` and `base` are heights; `base` is missing where it was not measured."""
+    """A whole drawing. `tolerance` and `base` are heights, `limit` the tolerance in words; `base` is missing where it was not measured."""
 
     lines: tuple[Line, ...]
     ticks: tuple[tuple[float, int], ...]
     tolerance: float
+    limit: str
     base: float | None
     description: str
 
@@ -90,7 +91,7 @@ def of(claims: Sequence[Claim], styles: Mapping[str, Style], names: Mapping[str,
     base = next((c.base["value"] for c in claims if c.base), None)
     lines = [_line(name, points, styles[name], steps[-1], i, len(series)) for i, (name, points) in enumerate(series.items())]
     told = "; ".join(f"{name}: " + ", ".join(f"{short} at step {k}" for k, short in _said(p)) for name, p in series.items())
-    return Curve(tuple(lines), _ticks(steps), _y(judged.tolerance), None if base is None else _y(base), told)
+    return Curve(tuple(lines), _ticks(steps), _y(judged.tolerance), words.short(judged.tolerance), None if base is None else _y(base), told)
 
 
 def rates(cells: Iterable[Claim]) -> Rates:

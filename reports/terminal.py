@@ -78,7 +78,8 @@ def _instruments(claims: Sequence[Claim]) -> list[str]:
 
 def _cell(claim: Claim) -> str:
     """One cell in one line."""
-    what = f"{_name(claim.concept).strip()}, {words.clean(words.recipe(claim))}, {words.after(claim)}"
+    said = (_name(claim.concept).strip(), words.clean(words.recipe(claim)), words.after(claim))
+    what = ", ".join(part for part in said if part)
     reason = f" ({words.clean(claim.reason)})" if claim.reason else ""
     return f"{claim.word}: {what}: {words.share(claim.rate)}{reason}"
 

@@ -15,6 +15,8 @@ TITLES = {
     Exit.INVALID: "Invalid",
     Exit.NOT_A_GATE: "Not a gate",
 }
+GATE = {Exit.HOLDS: "the gate is open", Exit.NOT_A_GATE: "no gate, nothing may pass on it"}  # everything else: shut
+SIGNS = {"holds": "✓", "broken": "✗", "inconclusive": "?", "invalid": "!"}  # for those who do not see the colour
 ADVICE = {
     Exit.HOLDS: "Nothing is left to do; keep verdict.json beside the model.",
     Exit.BROKEN: "Start with the cells marked below: their images show what came back, what stayed or what was lost.",
@@ -46,6 +48,11 @@ def finding(report: Report) -> str:
 def advice(report: Report) -> str:
     """The one thing to do next."""
     return ADVICE[report.exit_code]
+
+
+def gate(report: Report) -> str:
+    """Whether anything may ship on this report."""
+    return GATE.get(report.exit_code, "the gate is shut")
 
 
 def tally(report: Report) -> str:

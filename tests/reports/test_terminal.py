@@ -30,7 +30,7 @@ def test_every_claim_has_its_line() -> None:
         "1.00 base -> .00 [.00, .10] unlearned: holds",
         "1.00 base ->  .00 unlearned -> .00 [.00, .10] after 50 steps: holds",
         "1.00 base ->  .00 unlearned -> .60 [.50, .70] after 200 steps: resurged",
-        "   - base ->    - unlearned -> .95 [.85, 1.00] after 200 steps: holds",
+        "- base ->    - unlearned -> .95 [.85, 1.00] after 200 steps: holds",
     ]
 
 
