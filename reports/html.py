@@ -99,7 +99,7 @@ def _section(
         claims=tuple(sorted(cells, key=lambda c: (methods.index(c.method), c.finetune or "", c.attack or "", c.steps))),
         curve=curve.of(cells, styles, recipes),
         grids={name: found for name, same in recipes.items() if (found := grid(same, pictures))},
-        prompts={name: found for name, same in recipes.items() if (found := breakdown(same))[1]},
+        prompts={name: told for name, same in recipes.items() if (told := breakdown(same))[1]},
         spoken={name: min(same, key=table.severity) for name, same in recipes.items() if same},
         veiled=first.suite in VEILED,
     )

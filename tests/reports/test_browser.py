@@ -177,7 +177,9 @@ def test_a_concept_is_found_among_a_hundred(page: Any, reports: dict[str, Path])
     assert page.locator(f"details.concept:has({link.get_attribute('href')})").get_attribute("open") is not None
 
 
-@pytest.mark.parametrize(("name", "scheme", "viewport"), [("several", "light", DESK), ("several", "dark", PHONE), ("nasty", "light", DESK)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "scheme", "viewport"), [("several", "light", DESK), ("several", "dark", PHONE), ("nasty", "light", DESK)], ids=["desk", "phone by dark", "names"]
+)
 def test_axe_finds_nothing_serious(page: Any, reports: dict[str, Path], name: str, scheme: str, viewport: dict[str, int]) -> None:
     """axe-core, by light and by dark, on a desk and on a telephone: no serious or critical finding."""
     axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed: pip install -e '.[browser]'")
