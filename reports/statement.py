@@ -8,28 +8,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.spec import HOLDS, INCONCLUSIVE
+from harness.spec import HOLDS
 from reports.verdict import Exit, Report
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
-RESULTS = {Exit.HOLDS: "PASSED", Exit.NOT_A_GATE: "WARNED"}  # everything else: FAILED
 
 
 def of(report: Report, verdict: str) -> dict[str, Any]:
-    """The statement; `verdict` is the SHA-256 of verdict.json. What has no verdict counts as failed, doubt as a warning."""
-    tests = {word: [c.id for c in report.claims if c.verdict == word] for word in (HOLDS, INCONCLUSIVE)}
-    failed = [c.id for c in report.claims if c.verdict not in tests]
+    """The statement; `verdict` is the SHA-256 of verdict.json.
+
+    Nothing is a warning: policies may let those through, and neither doubt nor a selection that is no gate may pass.
+    """
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in report.subjects.items()],
         "predicateType": PREDICATE,
         "predicate": {
-            "result": RESULTS.get(report.exit_code, "FAILED"),
+            "result": "PASSED" if report.exit_code is Exit.HOLDS else "FAILED",
             "configuration": [{"name": "verdict.json", "digest": {"sha256": verdict}}, *_instruments(report)],
-            "passedTests": tests[HOLDS],
-            "warnedTests": tests[INCONCLUSIVE],
-            "failedTests": [*failed, *report.missing],
+            "passedTests": [c.id for c in report.claims if c.verdict == HOLDS],
+            "warnedTests": [],
+            "failedTests": [*(c.id for c in report.claims if c.verdict != HOLDS), *report.missing],
         },
     }
 

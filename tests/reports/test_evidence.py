@@ -46,7 +46,7 @@ def test_any_verdict_obeys_the_schema(name: str) -> None:
     ("report", "result"),
     [
         (Report((claim(),)), "PASSED"),
-        (Report((claim(),), deviations=("--tau",)), "WARNED"),
+        (Report((claim(),), deviations=("--tau",)), "FAILED"),
         (Report((claim(), UNCLEAR)), "FAILED"),
         (Report((claim(), VOID)), "FAILED"),
         (Report((claim(), resurged())), "FAILED"),
@@ -69,7 +69,7 @@ def test_the_statement_is_a_test_result() -> None:
     assert found["subject"] == [{"name": "unet.safetensors", "digest": {"sha256": "ab" * 32}}]
     assert [each["name"] for each in found["predicate"]["configuration"]] == ["verdict.json", "base model", "detector"]
     lists = [found["predicate"][name] for name in ("passedTests", "warnedTests", "failedTests")]
-    assert lists == [[claim().id], [UNCLEAR.id], [VOID.id, resurged().id, "gone"]]
+    assert lists == [[claim().id], [], [UNCLEAR.id, VOID.id, resurged().id, "gone"]]
 
 
 def test_no_candidate_no_statement(tmp_path: Path) -> None:
