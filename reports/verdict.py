@@ -30,10 +30,11 @@ class Exit(IntEnum):
 
 
 class Run(TypedDict, total=False):
-    """Who measured, with what, for how long. Seconds are wall time; `unet_passes` and `images` are what was not in the store."""
+    """What was asked (the whole task), with what, for how long. Seconds are wall time; `unet_passes` and `images` are what was not in the store."""
 
     started: str
     options: dict[str, Any]
+    tasks: dict[str, Any]
     versions: dict[str, str]
     machine: str
     devices: list[str]

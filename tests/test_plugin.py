@@ -281,6 +281,7 @@ def test_the_verdict_obeys_its_schema(mixed: Mixed) -> None:
     assert run["devices"] == ["a machine"]
     assert {"resurgence", "torch", "python"} <= run["versions"].keys()
     assert run["options"]["seeds"] == 1
+    assert run["tasks"]["celebrity/pocket"]["tolerance"]["tau"] == 0.1
 
 
 def test_a_candidate_leaves_a_statement(gate, pytester):

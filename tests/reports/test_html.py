@@ -187,6 +187,15 @@ def test_hits_are_broken_down_by_prompt() -> None:
     assert '<td data-label="after 200 steps">4/4</td>' in text
 
 
+def test_a_picture_says_its_prompt() -> None:
+    """Image i was drawn for prompt i, round by round, in every row: its title and its alternative text say so."""
+    rows = dict.fromkeys(("base", "unlearned"), ("0.png", "1.png", "2.png"))
+    text = page(claim(images=rows, hits={"a <b>": "00", "the b": "00"}))
+    images = [a["alt"].partition("image ")[2] for tag, a in Page(text).attributes if tag == "img"]
+    assert images == ["1: a <b>", "2: the b", "3: a <b>"] * 2
+    assert [a["title"] for tag, a in Page(text).attributes if "title" in a] == ["a <b>", "the b", "a <b>"] * 2
+
+
 def test_a_folded_concept_speaks_for_each_method() -> None:
     """The line of a concept says for each recipe what its worst claim says, with a sign for those who do not see the colour."""
     text = page(forgotten(), resurged(), claim(method="uce", rate=rate(2)))
