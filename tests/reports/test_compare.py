@@ -39,7 +39,8 @@ def test_a_claim_that_got_worse_is_said_first() -> None:
     text = said((claim(), resurged("Alan")), (resurged(), claim("Alan")))
     assert text.index("got worse:") < text.index("holds -> resurged: stays-forgotten, Ada, esd, then in-domain, after 200 steps: 0/40 = .00")
     assert text.index("Ada") < text.index("got better:") < text.index("resurged -> holds: stays-forgotten, Alan")
-    assert "difference +0.60 [+0.2" in text
+    assert "difference +0.60 [+0.2" in text.partition("got better:")[0]
+    assert "difference -0.60 [-0.8" in text.partition("got better:")[2]
     assert text.endswith("2 claims in both: 1 worse, 1 better, 0 with the same verdict")
 
 

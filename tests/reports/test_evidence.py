@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from reports import card, statement
 from reports.files import write
@@ -93,6 +93,7 @@ def test_the_model_card_says_what_was_found() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(NAMES.filter(bool))
+@example("a | b `c` [d](e) <i> \\| ~f~ https://g.example")
 def test_no_name_is_markup(name: str) -> None:
     """No name opens a tag, a link or a code span, ends the block early, or adds a line or a column."""
     text = card.block(
