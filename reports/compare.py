@@ -112,7 +112,8 @@ def _asked(claims: Sequence[Claim]) -> dict[tuple[Any, ...], Claim]:
 
 
 def _what(claim: Claim) -> str:
-    return words.clean(f"{claim.claim}, {claim.concept}, {words.recipe(claim)}, {words.after(claim)}")
+    parts = (claim.claim, claim.concept, words.recipe(claim), words.after(claim))
+    return words.clean(", ".join(part for part in parts if part))
 
 
 def _pair(pair: Pair) -> str:

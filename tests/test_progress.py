@@ -63,16 +63,20 @@ def test_while_somebody_else_writes_nothing_is_drawn() -> None:
     """What is drawn is taken away before pytest writes, and comes back only after, when there is something new."""
     screen = Screen()
     shown = Progress(screen)
-    writer(str(shown.path))("one")
-    assert until(lambda: "one" in screen.getvalue())
+    writer(str(shown.path), "gw0")("one")
+    writer(str(shown.path), "gw1")("uno")
+    assert until(lambda: "uno" in screen.getvalue())
     with shown.hidden():
         before = screen.getvalue()
         assert before.endswith("\x1b[2K")  # the line is erased
-        writer(str(shown.path))("two")
+        writer(str(shown.path), "gw0")("two")
         time.sleep(0.1)
         assert screen.getvalue() == before
+    screen.write("F")  # pytest's own
     assert until(lambda: "two" in screen.getvalue())
     shown.close()
+    assert "F\n\x1b[?25l" in screen.getvalue()
+    assert "\x1b[1A" not in screen.getvalue().rpartition("F\n")[2].partition("two")[0]  # it does not reach above its own line
 
 
 @pytest.mark.usefixtures("_often")
