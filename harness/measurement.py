@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from harness.engine import Engine, Wanted
 from harness.errors import SpecError
 from harness.spec import Group, ImageSet, Lineage, key, seed_of
-from harness.stats import Rate, Sequential
+from harness.stats import Rate, Sequential, log_e_lower, log_e_upper
 
 CHUNK = 20  # images drawn at a time after the floor; looked at round by round all the same
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A rate with the gate's word, and where its first images are (`wanted`)."""
+    """A rate with the gate's word, and where its first images are (`wanted`).
+
+    `evidence` is the gate's e-process where it stopped; `hits` the 0/1 digits of every prompt's images, round by round.
+    """
 
     rate: Rate
     word: str
     wanted: Wanted
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    hits: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure(
@@ -45,6 +52,8 @@ def measure(
     wanted_labels = [looked_for or c for c in concepts]
     if strange := sorted(set(wanted_labels) - set(detector.labels)):
         raise SpecError(f"the detector cannot see '{strange[0]}'; it knows {len(detector.labels)} labels, such as '{detector.labels[0]}'")
+    prompts = [p for c in asked.concepts for p in asked.asking(c)]
+    seen: dict[str, str] = defaultdict(str)
     width, first, done = len(concepts), None, 0
     while not gate.stopped:
         rounds = max(1, (gate.floor - gate.n + width - 1) // width if gate.n < gate.floor else CHUNK // width)
@@ -53,10 +62,19 @@ def measure(
         for row in hits(engine, lineage, wanted, detector, wanted_labels):
             if not gate.stopped:
                 gate.feed(row.numpy())
+                for prompt, hit in zip(prompts, row.tolist(), strict=True):
+                    seen[prompt] += str(hit)
         report(gate)
     if first is None:
         raise SpecError("a rate needs a gate that has not stopped yet")
-    return Measured(gate.rate, gate.verdict, first)
+    return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen))
+
+
+def evidence(gate: Sequential) -> dict[str, float]:
+    """Natural logs of the e-values for *holds* and for *broken* after the last round, and the value at which each decides."""
+    below, above = (float(log_e(gate.k, gate.n, gate.tolerance)) for log_e in (log_e_upper, log_e_lower))
+    holds, broken = (below, above) if gate.direction == "below" else (above, below)
+    return {"holds": holds, "holds_at": -float(np.log(gate.alpha)), "broken": broken, "broken_at": float(np.log(gate.m / gate.alpha))}
 
 
 def hits(engine: Engine, lineage: Lineage, wanted: Wanted, detector: Any, labels: list[str]) -> Tensor:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
+from typing_extensions import TypedDict  # typing's own cannot be turned into a schema before Python 3.12
+
 from harness.errors import SpecError, unknown
 
 HOLDS, BROKEN, INCONCLUSIVE, INVALID = "holds", "broken", "inconclusive", "invalid"
@@ -283,9 +285,19 @@ class Lineage:
         }
 
 
+class Numbers(TypedDict):
+    """A measured rate: `k` hits in `n` images, their share, and two one-sided bounds."""
+
+    k: int
+    n: int
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Claim:
-    """One promise and what was measured of it: the line of a report. Rates are `{k, n, value, low, high}`."""
+    """One promise and what was measured of it: the line of a report."""
 
     id: str
     suite: str
@@ -301,9 +313,9 @@ class Claim:
     concept: str
     seeds: Mapping[str, int]
     detector: str
-    rate: Mapping[str, float] | None
-    before: Mapping[str, float] | None
-    base: Mapping[str, float] | None
+    rate: Numbers | None
+    before: Numbers | None
+    base: Numbers | None
     n_errors: int
     tolerance: float
     verdict: str
@@ -311,6 +323,9 @@ class Claim:
     reason: str
     lineage: str
     images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # row title -> PNG paths, same prompts and seeds
+    evidence: Mapping[str, float] = field(default_factory=dict)  # natural logs: e-values of `holds` and `broken`, and where each decides
+    hits: Mapping[str, str] = field(default_factory=dict)  # prompt -> one 0 or 1 per image, in the order drawn
+    seconds: float = 0.0  # wall time of the test, with whatever it had to make first
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:

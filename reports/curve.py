@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.spec import Claim
+from harness.spec import Claim, Numbers
 from reports import table, words
 
 WIDTH, HEIGHT = 420, 250  # user units of the viewBox; about pixels on a telephone
@@ -19,7 +19,7 @@ SHAPES = (
     "M0 5 4.7-3.6H-4.7z",  # triangle, upside down
 )  # one more or less than the colours, so that a colour and a shape meet again only after thirty lines
 
-Rates = Mapping[int, Mapping[str, float]]  # steps -> rate
+Rates = Mapping[int, Numbers]  # steps -> rate
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """A whole drawing. `tolerance` and `base` are heights; `base` is missing where it was not measured."""
+    """A whole drawing. `tolerance` and `base` are heights, `limit` the tolerance in words; `base` is missing where it was not measured."""
 
     lines: tuple[Line, ...]
     ticks: tuple[tuple[float, int], ...]
     tolerance: float
+    limit: str
     base: float | None
     description: str
 
@@ -90,13 +91,13 @@ def of(claims: Sequence[Claim], styles: Mapping[str, Style], names: Mapping[str,
     base = next((c.base["value"] for c in claims if c.base), None)
     lines = [_line(name, points, styles[name], steps[-1], i, len(series)) for i, (name, points) in enumerate(series.items())]
     told = "; ".join(f"{name}: " + ", ".join(f"{short} at step {k}" for k, short in _said(p)) for name, p in series.items())
-    return Curve(tuple(lines), _ticks(steps), _y(judged.tolerance), None if base is None else _y(base), told)
+    return Curve(tuple(lines), _ticks(steps), _y(judged.tolerance), words.short(judged.tolerance), None if base is None else _y(base), told)
 
 
 def rates(cells: Iterable[Claim]) -> Rates:
     """Rates by steps; where several claims measured one step (replicates), the worst of them."""
     by_steps: dict[int, list[Claim]] = {}
-    before: dict[int, Mapping[str, float]] = {}
+    before: dict[int, Numbers] = {}
     for claim in cells:
         by_steps.setdefault(claim.steps, []).append(claim)
         if claim.before and claim.steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +19,14 @@ from reports import curve, table, words
 from reports.verdict import Report
 
 OPEN = 3  # sections unfolded at first
+LISTED = 8  # failing cells named at the top
 SHOWN = 8  # images shown per row; the others are linked in verdict.json
 BLOCK = 4  # images side by side in one block, so that rows stay aligned on a telephone
 VEILED = ("unsafe",)  # suites whose images stay blurred until asked for
 
 Row = tuple[str, tuple[str, ...]]  # title, pictures
 Blocks = list[list[Row]]
+Breakdown = tuple[tuple[str, ...], dict[str, list[str]]]  # when the images were drawn; prompt -> hits of images at each
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Section:
     claims: tuple[Claim, ...]
     curve: curve.Curve | None
     grids: Mapping[str, Blocks]
+    prompts: Mapping[str, Breakdown]
+    spoken: Mapping[str, Claim]  # recipe -> the claim that speaks for it
     veiled: bool
 
     @property
@@ -55,6 +60,7 @@ def page(report: Report, pictures: Mapping[str, str]) -> str:
     return _template().render(
         report=report,
         words=words,
+        listed=LISTED,
         title=words.TITLES[report.exit_code],
         colour=words.TITLES[report.exit_code].split()[0].lower(),  # a CSS class: holds, broken, ..., not
         rows=table.rows(report.claims),
@@ -62,6 +68,7 @@ def page(report: Report, pictures: Mapping[str, str]) -> str:
         unfolded=[id(s) in first for s in found],
         failing=table.failing(report.claims),
         place={claim.id: i for i, s in enumerate(found, 1) for claim in s.claims},
+        detectors=sorted({c.detector for c in report.claims if c.detector}),
         run={key: _text(value) for key, value in report.run.items()},
     )
 
@@ -92,6 +99,8 @@ def _section(
         claims=tuple(sorted(cells, key=lambda c: (methods.index(c.method), c.finetune or "", c.attack or "", c.steps))),
         curve=curve.of(cells, styles, recipes),
         grids={name: found for name, same in recipes.items() if (found := grid(same, pictures))},
+        prompts={name: told for name, same in recipes.items() if (told := breakdown(same))[1]},
+        spoken={name: min(same, key=table.severity) for name, same in recipes.items() if same},
         veiled=first.suite in VEILED,
     )
 
@@ -106,11 +115,27 @@ def grid(cells: Sequence[Claim], pictures: Mapping[str, str]) -> Blocks:
     return [[(title, row[i : i + BLOCK]) for title, row in rows] for i in range(0, longest, BLOCK)]
 
 
+def breakdown(cells: Sequence[Claim]) -> Breakdown:
+    """Hits of images by prompt, one column per moment; where replicates share a moment they are added up."""
+    looked = sorted((c for c in cells if c.hits), key=lambda c: c.steps)
+    moments = list(dict.fromkeys(words.after(c) for c in looked))
+    counts: dict[str, Counter[tuple[str, str]]] = {}
+    for claim in looked:
+        for prompt, hits in claim.hits.items():
+            counts.setdefault(prompt, Counter()).update({(words.after(claim), digit): hits.count(digit) for digit in "01"})
+    shown = {prompt: [_share(seen[when, "1"], seen[when, "0"]) for when in moments] for prompt, seen in counts.items()}
+    return tuple(moments), shown
+
+
+def _share(hits: int, misses: int) -> str:
+    return f"{hits}/{hits + misses}" if hits + misses else "-"
+
+
 @cache
 def _template() -> Template:
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["digest"] = _digest
+    environment.filters |= {"digest": _digest, "listing": _text}
     return environment.get_template("template.html")
 
 

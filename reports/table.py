@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.spec import BROKEN, HOLDS, INCONCLUSIVE, INVALID, Claim
+from harness.spec import BROKEN, HOLDS, INCONCLUSIVE, INVALID, Claim, Numbers
 from reports import words
 
 WORST_FIRST = {BROKEN: 0, INVALID: 1, INCONCLUSIVE: 2, HOLDS: 3}
@@ -22,7 +22,7 @@ class Extreme:
     """
 
     claim: Claim
-    rate: Mapping[str, float]
+    rate: Numbers
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def extreme(claims: Iterable[Claim]) -> Extreme | None:
         return None
     pick = max if cells[0][0].direction == "below" else min
     claim, rate = pick(cells, key=lambda cell: (cell[1]["value"], cell[1]["high"]))
-    ends = {end: pick(other[end] for _, other in cells) for end in ("low", "high")}
-    return Extreme(claim, {**rate, **ends})
+    low, high = (pick(other["low"] for _, other in cells), pick(other["high"] for _, other in cells))
+    return Extreme(claim, {**rate, "low": low, "high": high})
 
 
 def failing(claims: Iterable[Claim]) -> list[Claim]:

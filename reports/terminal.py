@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from harness.spec import Claim
 from reports import table, words
-from reports.verdict import Report
+from reports.verdict import Exit, Report
 
-MANY = 45  # claims; from here on, one line per method and fine-tune instead of one per concept
+MANY = 150  # claims; from here on, two lines per recipe instead of one per claim
 CAP = 12  # cells listed one by one
 WIDTH = 28  # columns for a name
 
@@ -26,34 +26,26 @@ def summary(report: Report, page: str = "report.html") -> list[str]:
 
 
 def _few(claims: Sequence[Claim]) -> list[str]:
-    """One line per concept under each recipe, then the reasons of what does not hold."""
-    lines = _instruments(claims)
+    """One line per claim under its recipe, then the reasons of what does not hold."""
+    lines, told = _instruments(claims), set[str]()
     for name, cells in table.recipes(claims, table.varying(claims)).items():
+        fresh = [c for c in cells if c.id not in told]  # what was measured before any fine-tune is said once
+        told.update(c.id for c in fresh)
         lines += ["", f"{words.clean(name)}: share of images that show the concept [bounds]"]
-        lines += [_line(concept, cells) for concept in dict.fromkeys(c.concept for c in cells)]
+        lines += [_line(c, cells) for c in sorted(fresh, key=lambda c: c.claim == table.RETAINED)]
     reasons = [f"  {_cell(c)}" for c in table.failing(claims) if c.reason]
     return [*lines, ""] + (["what does not hold:", *reasons[:CAP], ""] if reasons else [])
 
 
-def _line(concept: str, cells: Sequence[Claim]) -> str:
-    """Before unlearning -> right after it -> after the worst snapshot, and the worst verdict of all."""
-    mine = [c for c in cells if c.concept == concept]
-    tuned = [c for c in mine if c.steps]
-    found = table.extreme(tuned)
-    worst = min(mine, key=table.severity)
-    base = next((c.base["value"] for c in mine if c.base), None)
-    fresh = next((c.rate for c in mine if not c.steps), None) or next((c.before for c in mine if c.before), None)
-    parts = [f"{words.short(base):>4} base", f"{words.short(fresh['value'] if fresh else None):>4} unlearned"]
-    if found and found.claim.rate:
-        parts.append(f"{_bracket(found.claim)} {words.after(found.claim)}")
-    elif mine[0].rate:
-        parts = [*parts[:1], f"{_bracket(mine[0])} unlearned"]
-    return f"  {_name(concept)}  {' -> '.join(parts)}: {worst.word}"
-
-
-def _bracket(claim: Claim) -> str:
-    """The rate and its bounds without the counts, which the page has."""
-    return words.share(claim.rate).split(" = ")[-1]
+def _line(claim: Claim, cells: Sequence[Claim]) -> str:
+    """Before unlearning -> right after it -> after k steps, with bounds where the claim is, and the verdict."""
+    plain = (c.rate for c in cells if not c.steps and (c.claim, c.concept, c.seeds) == (claim.claim, claim.concept, claim.seeds))
+    fresh = (claim.before or next(plain, None)) if claim.steps else None
+    parts = [f"{words.short(claim.base['value'] if claim.base else None):>4} base"]
+    parts += [f"{words.short(fresh['value'] if fresh else None):>4} unlearned"] if claim.steps else []
+    parts += [f"{words.share(claim.rate).split(' = ')[-1]} {words.after(claim) if claim.steps else 'unlearned'}"]
+    replicate = f" (seed {claim.seeds['unlearn']})" if claim.seeds.get("unlearn") else ""
+    return f"  {_name(claim.concept)}{replicate}  {' -> '.join(parts)}: {claim.word}"
 
 
 def _many(claims: Sequence[Claim], page: str) -> list[str]:
@@ -86,7 +78,8 @@ def _instruments(claims: Sequence[Claim]) -> list[str]:
 
 def _cell(claim: Claim) -> str:
     """One cell in one line."""
-    what = f"{_name(claim.concept).strip()}, {words.clean(words.recipe(claim))}, {words.after(claim)}"
+    said = (_name(claim.concept).strip(), words.clean(words.recipe(claim)), words.after(claim))
+    what = ", ".join(part for part in said if part)
     reason = f" ({words.clean(claim.reason)})" if claim.reason else ""
     return f"{claim.word}: {what}: {words.share(claim.rate)}{reason}"
 
@@ -103,3 +96,9 @@ def _name(concept: str) -> str:
     """A name in a column of fixed width, cut where it is too long."""
     text = words.clean(concept)
     return (text if len(text) <= WIDTH else text[: WIDTH - 3] + "...").ljust(WIDTH)
+
+
+def markup(line: str, code: Exit) -> dict[str, bool]:
+    """How the line that carries the verdict stands out; pytest drops it where there are no colours."""
+    colour = {Exit.HOLDS: "green", Exit.BROKEN: "red"}.get(code, "yellow")
+    return {colour: True, "bold": True} if line.startswith(f"{words.TITLES[code].upper()} (exit code") else {}

@@ -1,22 +1,22 @@
-"""What a run amounts to: its claims, its exit code, and the files it leaves behind."""
+"""What a run amounts to: its claims, its exit code, and the document that a machine reads."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from harness.errors import StoreError
 from harness.spec import BROKEN, HOLDS, INCONCLUSIVE, INVALID, Claim
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # a field that is added keeps it; one that is removed or means something else raises it
 
 
 class Exit(IntEnum):
@@ -27,6 +27,47 @@ class Exit(IntEnum):
     INCONCLUSIVE = 10
     INVALID = 11
     NOT_A_GATE = 12
+
+
+class Run(TypedDict, total=False):
+    """What was asked (the whole task), with what, for how long. Seconds are wall time; `unet_passes` and `images` are what was not in the store."""
+
+    started: str
+    options: dict[str, Any]
+    tasks: dict[str, Any]
+    versions: dict[str, str]
+    machine: str
+    devices: list[str]
+    workers: int
+    wall_seconds: float
+    unet_passes: int
+    images: int
+    cache_hits: int
+
+
+class Made(TypedDict):
+    """How a model came to be: its base's digest, each stage's whole configuration, and the seconds each took when it was made."""
+
+    base: str
+    stages: list[dict[str, Any]]
+    seconds: list[float]
+
+
+class Document(TypedDict):
+    """`verdict.json`."""
+
+    schema_version: Literal[1]
+    gate: bool
+    exit_code: Literal[0, 1, 10, 11, 12]
+    scope: str
+    notices: list[str]
+    deviations: list[str]
+    missing: list[str]
+    tests_failed: int
+    subjects: dict[str, str]
+    run: Run
+    lineages: dict[str, Made]
+    claims: list[Claim]
 
 
 @dataclass(frozen=True)
@@ -40,6 +81,8 @@ class Report:
     notices: tuple[str, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
     tests_failed: int = 0  # tests that failed or errored without a claim
+    subjects: Mapping[str, str] = field(default_factory=dict)  # the candidate's files -> their SHA-256
+    lineages: Mapping[str, Any] = field(default_factory=dict)  # a claim's `lineage` -> how it was made
 
     @property
     def gate(self) -> bool:
@@ -72,10 +115,10 @@ class Report:
     def pictures(self) -> dict[str, str]:
         """Where each linked image goes, relative to the report: named by its content."""
         paths = {path for claim in self.claims for row in claim.images.values() for path in row}
-        return {path: f"images/{hashlib.sha256(_picture(path)).hexdigest()[:16]}.png" for path in sorted(paths)}
+        return {path: f"images/{hashlib.sha256(picture(path)).hexdigest()[:16]}.png" for path in sorted(paths)}
 
     def as_json(self) -> dict[str, Any]:
-        """The whole report in plain JSON values."""
+        """The whole report in plain JSON values: a `Document`."""
         pictures = self.pictures()
         return {
             "schema_version": SCHEMA_VERSION,
@@ -86,62 +129,36 @@ class Report:
             "deviations": list(self.deviations),
             "missing": list(self.missing),
             "tests_failed": self.tests_failed,
-            "run": _plain(self.run),
+            "subjects": plain(self.subjects),
+            "run": plain(self.run),
+            "lineages": plain(self.lineages),
             "claims": [_claim(claim, pictures) for claim in self.claims],
         }
 
 
-def write(report: Report, folder: Path) -> None:
-    """Leave report.html, its images and verdict.json in `folder`; verdict.json comes last and only if all went well.
-
-    The verdict of an earlier run is removed first: after a failure there is none, instead of a stale green one.
-    """
-    from reports import html  # jinja2 is loaded only where a page is written
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("verdict.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    verdict = json.dumps(report.as_json(), indent=1, allow_nan=False)
-    pictures = report.pictures()
-    page = html.page(report, pictures)
-    for source, name in pictures.items():
-        _publish(folder / name, _picture(source))
-    _publish(folder / "report.html", page.encode("utf-8", "backslashreplace"))  # a lone surrogate is not UTF-8
-    _publish(folder / "verdict.json", verdict.encode())
+def claims_of(document: Mapping[str, Any]) -> tuple[Claim, ...]:
+    """The claims of a `verdict.json`; fields of a newer version are left out."""
+    known = {f.name for f in dataclasses.fields(Claim)}
+    return tuple(Claim(**{name: value for name, value in each.items() if name in known}) for each in document["claims"])
 
 
-def _publish(target: Path, data: bytes) -> None:
-    """Write `data` so that a reader sees all of it or none of it; what is there already stays."""
-    if target.is_file() and target.read_bytes() == data:
-        return
-    target.parent.mkdir(exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _picture(path: str) -> bytes:
+def picture(path: str) -> bytes:
+    """The bytes of an image that a claim links."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise StoreError(f"image {path}, linked by a claim, cannot be read: {error}; run again to redraw it") from error
 
 
-def _claim(claim: Claim, pictures: Mapping[str, str]) -> dict[str, Any]:
-    values = {f.name: _plain(getattr(claim, f.name)) for f in dataclasses.fields(claim)}
-    return values | {"images": {title: [pictures[path] for path in row] for title, row in claim.images.items()}}
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON: what JSON does not know (a path, a version) becomes text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _claim(claim: Claim, pictures: Mapping[str, str]) -> dict[str, Any]:
+    values = {f.name: plain(getattr(claim, f.name)) for f in dataclasses.fields(claim)}
+    return values | {"images": {title: [pictures[path] for path in row] for title, row in claim.images.items()}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from harness.spec import BROKEN, INVALID, VERDICTS, Claim
+from harness.spec import BROKEN, INVALID, VERDICTS, Claim, Numbers
 from reports.verdict import Exit, Report
 
 TITLES = {
@@ -15,6 +15,8 @@ TITLES = {
     Exit.INVALID: "Invalid",
     Exit.NOT_A_GATE: "Not a gate",
 }
+GATE = {Exit.HOLDS: "the gate is open", Exit.NOT_A_GATE: "no gate, nothing may pass on it"}  # everything else: shut
+SIGNS = {"holds": "✓", "broken": "✗", "inconclusive": "?", "invalid": "!"}  # for those who do not see the colour
 ADVICE = {
     Exit.HOLDS: "Nothing is left to do; keep verdict.json beside the model.",
     Exit.BROKEN: "Start with the cells marked below: their images show what came back, what stayed or what was lost.",
@@ -48,6 +50,11 @@ def advice(report: Report) -> str:
     return ADVICE[report.exit_code]
 
 
+def gate(report: Report) -> str:
+    """Whether anything may ship on this report."""
+    return GATE.get(report.exit_code, "the gate is shut")
+
+
 def tally(report: Report) -> str:
     """How many claims got which verdict, and what never arrived."""
     parts = [counted(report.counts) or "no claims"]
@@ -61,7 +68,7 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts.get(v))
 
 
-def share(rate: Mapping[str, float] | None) -> str:
+def share(rate: Numbers | None) -> str:
     """`14/40 = .35 [.22, .50]`: hits, images, rate and its bounds, rounded outwards so that no digit claims too much."""
     if rate is None:
         return "not measured"

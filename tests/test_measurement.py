@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -127,6 +128,27 @@ def test_the_gate_looks_after_every_round_and_stops_within_a_chunk() -> None:
     assert (measured.rate, measured.word) == (by_hand.rate, "holds")
     assert 40 < n < engine.count
     assert (n - 40) % 20 != 0
+
+
+def test_hits_are_kept_by_prompt_in_the_order_drawn() -> None:
+    """One digit per image that the gate counted, none of those behind the stop: their sum is the rate's k."""
+    engine = Scripted(lambda i, prompt: "x" if i in (0, 4, 8, 13) else "none")  # even places are the first prompt's
+    found = measure(engine, ROOT, ONE, Detector(), gate(0.17))
+    half = found.rate.n // 2
+    assert found.rate.n < engine.count
+    assert found.hits == {"a x": "10101".ljust(half, "0"), "the x": "0000001".ljust(half, "0")}
+
+
+@pytest.mark.parametrize("direction", ["below", "above"])
+@pytest.mark.parametrize(("shows", "low"), [(nobody, True), (everyone, False)])
+def test_the_evidence_says_why_the_gate_stopped(shows: Callable[[int, str], str], low: bool, direction: str) -> None:
+    """The e-value of the word that was said reached its threshold (1 / alpha, or m / alpha for *broken*); the other did not."""
+    found = measure(Scripted(shows), ROOT, ONE, Detector(), Sequential(0.5, direction, 0.05, 7, 40, 200))
+    word, other = ("holds", "broken") if low == (direction == "below") else ("broken", "holds")
+    assert found.word == word
+    assert found.evidence[word] >= found.evidence[f"{word}_at"]
+    assert found.evidence[other] < found.evidence[f"{other}_at"]
+    assert (found.evidence["holds_at"], found.evidence["broken_at"]) == pytest.approx((math.log(20), math.log(140)))
 
 
 def test_a_stopped_gate_gives_no_rate() -> None:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,10 +43,40 @@ def measured(lab, cell, claim):
     if says == "kill":
         os._exit(1)
     rate = dict(k=0, n=40, value=0.0, low=0.0, high=0.08)
-    return dataclasses.replace(claim, verdict=says, word=says, reason="", rate=rate, before=rate, base=rate)
+    evidence = dict(holds=3.5, holds_at=3.0, broken=-2.0, broken_at=6.0)
+    hits = {{f"a portrait of {{cell.concept}}": "0" * 40}}
+    found = dict(rate=rate, before=rate, base=rate, evidence=evidence, hits=hits, lineage=cell.method or "base")
+    return dataclasses.replace(claim, verdict=says, word=says, reason="", **found)
+
+def provenance(lab, cell):
+    made = dict(base="b" * 32, stages=[dict(version=1, **{{"class": f"harness.unlearning.{{cell.method}}.Method"}})], seconds=[1.5])
+    return dict(lineages={{cell.method or "base": made}}, device="a machine")
 
 fixtures.claims.measured = measured
+fixtures.claims.provenance = provenance
 """
+
+PROJECT = """
+[tool.pytest]
+strict = true
+junit_family = "xunit1"
+junit_logging = "system-out"
+addopts = ["--import-mode=importlib"]
+"""
+ARGS = ("-p", "no:cacheprovider", "--report", "out")
+PATIENCE = 120  # seconds until a run counts as hung
+
+
+def lay(folder: Path, script: dict[str, str] | None = None, extra: str = "") -> None:
+    """The real claims over scripted measurements, as a project of its own."""
+    suite = folder / "suites" / "celebrity"
+    suite.mkdir(parents=True, exist_ok=True)
+    for source in SUITE.glob("pocket*.toml"):
+        (suite / source.name).write_text(source.read_text())
+    (suite / "test_celebrity.py").write_text((SUITE / "test_celebrity.py").read_text() + extra)
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "script.json").write_text(json.dumps(script or {}))
+    (folder / "pyproject.toml").write_text(PROJECT)
 
 
 @pytest.fixture
@@ -47,19 +84,37 @@ def gate(pytester: pytest.Pytester):
     """Run the real plugin and the real claims over scripted measurements; gives (exit code, verdict.json or None)."""
 
     def run(*args: str, script: dict[str, str] | None = None, extra: str = "") -> tuple[int, dict | None, pytest.RunResult]:
-        suite = pytester.mkdir("suites") / "celebrity" if not (pytester.path / "suites").exists() else pytester.path / "suites" / "celebrity"
-        suite.mkdir(exist_ok=True)
-        for source in [*SUITE.glob("pocket*.toml"), SUITE / "test_celebrity.py"]:
-            (suite / source.name).write_text(source.read_text())
-        (suite / "test_celebrity.py").write_text((SUITE / "test_celebrity.py").read_text() + extra)
-        pytester.makeconftest(CONFTEST)
-        pytester.makefile(".json", script=json.dumps(script or {}))
-        pytester.makepyprojecttoml('[tool.pytest]\nstrict = true\njunit_family = "xunit1"\naddopts = ["--import-mode=importlib"]\n')
-        result = pytester.runpytest_subprocess("suites/celebrity", "-p", "no:cacheprovider", "--report", "out", *args, timeout=60)
+        lay(pytester.path, script, extra)
+        result = pytester.runpytest_subprocess("suites/celebrity", *ARGS, *args, timeout=PATIENCE)
         verdict = pytester.path / "out" / "verdict.json"
-        return result.ret, json.loads(verdict.read_text()) if verdict.exists() else None, result
+        return int(result.ret), json.loads(verdict.read_text()) if verdict.exists() else None, result
 
     return run
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What a run with every verdict left behind."""
+
+    code: int
+    verdict: dict
+    junit: Path
+    said: str
+
+    @property
+    def cases(self) -> dict[str, ElementTree.Element]:
+        """JUnit's test cases by name."""
+        return {case.get("name"): case for case in ElementTree.parse(self.junit).iter("testcase")}
+
+
+@pytest.fixture(scope="module", params=[[], ["-n", "2"]], ids=["alone", "workers"])
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    """One run for several questions: UCE did not forget, ESD is unclear in one cell, and one instrument is not sound."""
+    folder = tmp_path_factory.mktemp("mixed")
+    lay(folder, {"forgotten:uce-unlearned": "broken", "stays-forgotten:esd-lora-in-200-Edric": "inconclusive", "instruments:Juno": "invalid"})
+    command = [sys.executable, "-m", "pytest", "suites/celebrity", *ARGS, "--junitxml", "j.xml", *request.param]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return Mixed(done.returncode, json.loads((folder / "out" / "verdict.json").read_text()), folder / "j.xml", done.stdout)
 
 
 def test_a_complete_selection_that_holds_is_green(gate):
@@ -141,6 +196,14 @@ def test_a_skipped_claim_is_missing_evidence(gate):
     assert len(verdict["missing"]) == 59
 
 
+def test_all_skipped_by_workers_is_missing_evidence(gate):
+    """The same under -n 2: pytest alone would exit 0."""
+    code, verdict, _ = gate("-n", "2", extra="\npytestmark = pytest.mark.skip(reason='later')\n")
+
+    assert code == 11
+    assert len(verdict["missing"]) == 59
+
+
 def test_a_test_that_asserts_nothing_cannot_pass_a_broken_claim(gate):
     """If the body passes although the verdict is not `holds`, the claim is invalid."""
     weak = "\n\n@pytest.mark.claim('forgotten')\ndef test_weak(claim):\n    '''It is fine.'''\n"
@@ -150,12 +213,15 @@ def test_a_test_that_asserts_nothing_cannot_pass_a_broken_claim(gate):
     assert {"invalid", "holds"} == {claim["verdict"] for claim in verdict["claims"]}
 
 
-def test_a_dead_worker_is_missing_evidence(gate):
-    """A worker that is killed leaves its test without a verdict: 11, and no hang."""
-    code, verdict, _ = gate("-n", "2", script={"uce-lora-in-200-Edric": "kill"})
+def test_a_dead_worker_is_missing_evidence(gate, pytester):
+    """A worker that is killed leaves its test without a verdict: 11, no hang, and in JUnit an <error> without numbers."""
+    code, verdict, _ = gate("-n", "2", "--junitxml", "j.xml", script={"uce-lora-in-200-Edric": "kill"})
+    cases = [c for c in ElementTree.parse(pytester.path / "j.xml").iter("testcase") if c.find("error") is not None]
 
     assert code == 11
     assert any("uce-lora-in-200-Edric" in id for id in verdict["missing"])
+    assert any("uce-lora-in-200-Edric" in case.get("name") and "crashed" in case.find("error").get("message") for case in cases)
+    assert all(case.find("properties") is None for case in cases)
 
 
 def test_an_error_outside_the_claim_is_not_green(gate):
@@ -166,16 +232,145 @@ def test_an_error_outside_the_claim_is_not_green(gate):
     assert code == 11
 
 
-def test_junit_tells_a_failure_from_an_error(gate, pytester):
-    """JUnit: a broken claim is a <failure>, a broken measurement an <error>, and the numbers are properties."""
-    gate("--junitxml", "j.xml", "-n", "2", script={"forgotten:uce-unlearned-Edric": "broken", "instruments:Tildeth": "invalid"})
-    cases = {case.get("name"): case for case in ElementTree.parse(pytester.path / "j.xml").iter("testcase")}
-    broken = cases["test_the_person_is_forgotten[uce-unlearned-Edric Sallowby]"]
-    invalid = cases["test_the_instruments_are_sound[Tildeth Oskeby]"]
+def test_junit_is_what_jenkins_and_gitlab_parse(mixed: Mixed) -> None:
+    """The file obeys the schema kept in tests, has each claim once, and counts what it holds."""
+    xmlschema = pytest.importorskip("xmlschema", reason="xmlschema, of the dev extra, checks JUnit against its schema")
+    xmlschema.validate(str(mixed.junit), str(Path(__file__).parent / "reports" / "junit.xsd"))
+    (suite,) = ElementTree.parse(mixed.junit).getroot()
 
-    assert (len(broken.findall("failure")), len(broken.findall("error"))) == (1, 0)
-    assert (len(invalid.findall("failure")), len(invalid.findall("error"))) == (0, 1)
-    assert {"verdict": "broken", "n": "40"}.items() <= {p.get("name"): p.get("value") for p in broken.iter("property")}.items()
+    assert [suite.get(name) for name in ("tests", "failures", "errors", "skipped")] == ["59", "6", "1", "0"]
+    assert len(suite.findall("testcase")) == 59
+
+
+def test_junit_repeats_the_numbers_where_people_look(mixed: Mixed) -> None:
+    """system-out has rate, bounds, e-values and hits by prompt of a passed and of a failed claim; the terminal does not repeat it."""
+    for method in ("esd", "uce"):
+        out = mixed.cases[f"test_the_person_is_forgotten[{method}-unlearned-Edric Sallowby]"].findtext("system-out")
+        assert {"k: 0", "n: 40", "high: 0.08", "log_e.holds: 3.5", "prompt 'a portrait of Edric Sallowby': 0/40"} <= set(out.splitlines())
+
+    assert "Captured stdout claim" not in mixed.said
+
+
+def test_junit_tells_doubt_from_a_broken_claim_and_both_from_an_error(mixed: Mixed) -> None:
+    """A failure's message starts with the word; a broken measurement is an <error>; the suite says whether it was a gate."""
+    said = {name: case.find("failure").get("message").partition(":")[0] for name, case in mixed.cases.items() if case.find("failure") is not None}
+    errors = [name for name, case in mixed.cases.items() if case.find("error") is not None]
+    suite = ElementTree.parse(mixed.junit).find("testsuite/properties")
+    doubt = {
+        p.get("name"): p.get("value") for p in mixed.cases["test_the_person_stays_forgotten_after_fine_tuning[esd-lora-in-200-Edric Sallowby]"].iter("property")
+    }
+
+    assert sorted(said.values()) == ["broken"] * 5 + ["inconclusive"]
+    assert errors == ["test_the_instruments_are_sound[Juno Marchetto]"]
+    assert {"verdict": "inconclusive", "n": "40"}.items() <= doubt.items()
+    assert {p.get("name"): p.get("value") for p in suite} == {"gate": "True", "exit_code": "1"}
+
+
+def test_the_verdict_obeys_its_schema(mixed: Mixed) -> None:
+    """verdict.json is what the published schema says, with versions, lineages, seconds and e-values, under workers too."""
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema, of the dev extra, checks verdict.json against its schema")
+    jsonschema.validate(mixed.verdict, json.loads((ROOT / "reports" / "verdict.schema.json").read_text()))
+    measured = [claim for claim in mixed.verdict["claims"] if claim["verdict"] != "invalid"]
+    run = mixed.verdict["run"]
+
+    assert (mixed.code, mixed.verdict["exit_code"]) == (1, 1)
+    assert {claim["lineage"] for claim in measured} == mixed.verdict["lineages"].keys() == {"base", "esd", "uce", "dimum"}
+    assert {claim["evidence"]["holds"] for claim in measured} == {3.5}
+    assert all(claim["seconds"] >= 0 for claim in measured)
+    assert sum(claim["seconds"] for claim in measured) > 0
+    assert run["devices"] == ["a machine"]
+    assert {"resurgence", "torch", "python"} <= run["versions"].keys()
+    assert run["options"]["seeds"] == 1
+    assert run["tasks"]["celebrity/pocket"]["tolerance"]["tau"] == 0.1
+
+
+def test_a_candidate_leaves_a_statement(gate, pytester):
+    """The in-toto statement names the candidate's files and verdict.json by the digests they have."""
+    import hashlib
+
+    (pytester.path / "mine.safetensors").write_bytes(b"weights")
+    code, verdict, _ = gate("--candidate", "mine.safetensors")
+    statement = json.loads((pytester.path / "out" / "statement.json").read_text())
+
+    assert (code, statement["predicate"]["result"]) == (0, "PASSED")
+    assert statement["subject"] == [{"name": "mine.safetensors", "digest": {"sha256": hashlib.sha256(b"weights").hexdigest()}}]
+    assert statement["predicate"]["configuration"][0]["digest"]["sha256"] == hashlib.sha256((pytester.path / "out" / "verdict.json").read_bytes()).hexdigest()
+    assert len(statement["predicate"]["passedTests"]) == len(verdict["claims"]) == 23
+
+
+OTHER = """
+
+fixtures_claims = __import__("fixtures.claims").claims
+fixtures_claims.provenance = lambda lab, cell: {
+    "device": "", "lineages": {"x": {"base": "b", "stages": [{"class": "harness.candidate.Candidate", "digest": "other"}], "seconds": []}},
+}
+"""
+
+
+def test_a_candidate_that_changed_is_no_gate(gate, pytester):
+    """If the files are not those that were measured, nothing may pass on them."""
+    (pytester.path / "mine.safetensors").write_bytes(b"weights")
+    code, verdict, _ = gate("--candidate", "mine.safetensors", "-k", "instruments", extra=OTHER)
+
+    assert code == 12
+    assert verdict["deviations"][1:] == ["the candidate's files changed while they were measured"]
+
+
+def test_a_killed_run_leaves_no_older_verdict(gate, pytester):
+    """Whoever reads the report folder of a run that was killed finds nothing, not the green verdict of last week."""
+    assert gate()[0] == 0
+    gate(script={"instruments:Tildeth": "kill"})
+
+    assert not (pytester.path / "out" / "verdict.json").exists()
+    assert not (pytester.path / "out" / "report.html").exists()
+
+
+SLOW = """
+
+import time
+from fixtures.keys import PROGRESS
+from fixtures.progress import writer
+
+@pytest.fixture(autouse=True)
+def draws(request):
+    writer(request.config.stash[PROGRESS])("Ada: 3/40 = .075 [.01, .2], must stay below .1")
+    time.sleep(0.8)
+"""
+
+
+@pytest.mark.parametrize(("environ", "shown"), [({}, True), ({"CI": "true"}, False)], ids=["person", "CI"])
+def test_progress_is_drawn_for_a_person_only(pytester, environ, shown):
+    """On a terminal the running bound is seen while images are drawn and is gone afterwards; under CI nothing is drawn."""
+    lay(pytester.path, extra=SLOW)
+    said = on_a_terminal(["-k", "instruments and Tildeth"], pytester.path, environ)
+
+    assert ("3/40 = .075 [.01, .2]" in said) is shown
+    assert "NOT A GATE (exit code 12)" in said
+    assert said.rindex("NOT A GATE") > said.rfind("3/40")  # nothing is drawn over the summary
+    assert "1 passed" in said.rstrip().splitlines()[-1]
+
+
+def on_a_terminal(args: list[str], folder: Path, environ: dict[str, str]) -> str:
+    """What a person sees of pytest in a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "pytest", "suites/celebrity", "-p", "no:cacheprovider", "--report", "out", *args]
+    clean = {k: v for k, v in os.environ.items() if k not in ("CI", "COLUMNS")} | {"TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, env=clean | environ)
+    os.close(theirs)
+    said, end = b"", time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other side is closed
+            break
+        said += part
+        if not part:
+            break
+    if process.poll() is None and time.monotonic() >= end:
+        process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    os.close(ours)
+    return said.decode(errors="replace")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +410,7 @@ def test_the_plugin_is_inert_elsewhere(pytester):
     pytester.makeconftest(CONFTEST)
     pytester.makefile(".json", script="{}")
     pytester.makepyfile("def test_plain(): pass")
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--report", "out", timeout=60)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--report", "out", timeout=PATIENCE)
 
     assert result.ret == 0
     assert not (pytester.path / "out").exists()

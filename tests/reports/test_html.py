@@ -12,8 +12,9 @@ from typing import Any
 from hypothesis import given, settings
 
 from reports import html
-from reports.verdict import Report, write
-from tests.reports.samples import NAMES, claim, forgotten, png, resurged, retained
+from reports.files import write
+from reports.verdict import Report
+from tests.reports.samples import NAMES, claim, forgotten, png, rate, resurged, retained
 
 VOID = {"meta", "link", "img", "input"}
 
@@ -175,3 +176,43 @@ def test_every_tag_is_closed() -> None:
         elif not alone and tag not in VOID:
             stack.append(tag)
     assert stack == []
+
+
+def test_hits_are_broken_down_by_prompt() -> None:
+    """A table per recipe: one row per prompt, one column per moment, replicates added up, a dash where nothing was drawn."""
+    cells = [forgotten(hits={"a": "000", "b": "010"}), *(claim(hits={"a": "11"}, id=str(seed), seeds={"unlearn": seed}) for seed in (0, 1))]
+    assert html.breakdown(cells) == (("after unlearning", "after 200 steps"), {"a": ["0/3", "4/4"], "b": ["1/3", "-"]})
+    text = page(*cells)
+    assert "By prompt: <bdi>esd, then in-domain</bdi>" in text
+    assert '<td data-label="after 200 steps">4/4</td>' in text
+
+
+def test_a_picture_says_its_prompt() -> None:
+    """Image i was drawn for prompt i, round by round, in every row: its title and its alternative text say so."""
+    rows = dict.fromkeys(("base", "unlearned"), ("0.png", "1.png", "2.png"))
+    text = page(claim(images=rows, hits={"a <b>": "00", "the b": "00"}))
+    images = [a["alt"].partition("image ")[2] for tag, a in Page(text).attributes if tag == "img"]
+    assert images == ["1: a <b>", "2: the b", "3: a <b>"] * 2
+    assert [a["title"] for tag, a in Page(text).attributes if "title" in a] == ["a <b>", "the b", "a <b>"] * 2
+
+
+def test_a_folded_concept_speaks_for_each_method() -> None:
+    """The line of a concept says for each recipe what its worst claim says, with a sign for those who do not see the colour."""
+    text = page(forgotten(), resurged(), claim(method="uce", rate=rate(2)))
+    chips = re.findall(r'class="chip (\w+)"><span aria-hidden="true">(.)</span> <bdi>(.*?)</bdi>: (\S+) <bdi>(.*?)</bdi>', text)
+    assert chips == [("broken", "✗", "esd, then in-domain", ".60", "resurged"), ("holds", "✓", "uce, then in-domain", ".05", "holds")]
+
+
+def test_the_page_says_whether_the_gate_is_open() -> None:
+    """Only exit code 0 opens it; a selection that is no gate says so."""
+    kickers = [
+        re.search(r"report: <strong>(.*?)</strong>", page(c, **more))[1] for c, more in ((claim(), {}), (claim(), {"deviations": ("x",)}), (resurged(), {}))
+    ]
+    assert kickers == ["the gate is open", "no gate, nothing may pass on it", "the gate is shut"]
+
+
+def test_provenance_is_on_the_page() -> None:
+    """The candidate's digests, how each model was made, and the detectors."""
+    made = {"base": "b" * 32, "stages": [{"class": "harness.unlearning.esd.Method", "lr": 0.5}], "seconds": [2.5]}
+    text = page(claim(detector="d" * 32), subjects={"unet.safetensors": "c" * 64}, lineages={"a" * 32: made})
+    assert all(part in text for part in ("unet.safetensors", "c" * 64, "a" * 32, "b" * 32, "d" * 32, "harness.unlearning.esd.Method"))

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 from hypothesis import given, settings
 
-from reports.junit import properties
+from reports.junit import properties, text
 from tests.reports.samples import NAMES, NASTY, claim, rate
 
 
@@ -39,3 +39,15 @@ def test_any_name_parses_as_xml(name: str) -> None:
 def test_control_characters_leave_a_mark() -> None:
     """A character that XML forbids is replaced by a visible mark instead of vanishing."""
     assert dict(properties(claim(NASTY[4])))["concept"].startswith("\ufffd\ufffd\ufffd[31mred")
+
+
+@settings(deadline=None, max_examples=60)
+@given(NAMES)
+def test_system_out_repeats_every_number(name: str) -> None:
+    """The text has the sentence, each property and the hits of each prompt, one printable line each, whatever the names."""
+    found = claim(name, hits={name: "0110"}, evidence={"holds": 3.5}, seeds={name: 0})
+    lines = text(found).split("\n")
+    assert len(lines) == 2 + len(properties(found))
+    assert all(line.isprintable() for line in lines)
+    assert {"k: 0", "n: 40", "log_e.holds: 3.5", "tolerance: 0.1"} <= set(lines)
+    assert lines[-1].endswith(": 2/4")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 
-from reports.terminal import CAP, summary
+from reports.terminal import CAP, markup, summary
 from reports.verdict import Report
 from tests.reports.samples import NAMES, NASTY, claim, forgotten, rate, resurged, retained
 
@@ -23,10 +23,41 @@ def test_a_first_red_run_says_that_it_found_something() -> None:
     assert "This is a finding about the model, not a crash." in said
 
 
-def test_a_line_tells_the_whole_story() -> None:
-    """One line per concept: drawn before, gone after unlearning, back after 200 steps, with bounds and the word."""
-    line = next(line for line in summary(Report(RUN)) if line.startswith("  Ada"))
-    assert line.split("  ", 2)[2].strip() == "1.00 base ->  .00 unlearned -> .60 [.50, .70] after 200 steps: resurged"
+def test_every_claim_has_its_line() -> None:
+    """One line per claim: base, right after unlearning, after k steps with bounds, and the word."""
+    lines = [line.split("  ", 2)[2].strip() for line in summary(Report(RUN)) if " base ->" in line]
+    assert lines == [
+        "1.00 base -> .00 [.00, .10] unlearned: holds",
+        "1.00 base ->  .00 unlearned -> .00 [.00, .10] after 50 steps: holds",
+        "1.00 base ->  .00 unlearned -> .60 [.50, .70] after 200 steps: resurged",
+        "- base ->    - unlearned -> .95 [.85, 1.00] after 200 steps: holds",
+    ]
+
+
+def test_a_claim_of_two_recipes_is_told_once() -> None:
+    """What was measured before any fine-tune belongs to each of a method's fine-tunes, but has one line."""
+    lines = summary(Report((forgotten(), claim(finetune="a"), claim(finetune="b"))))
+    assert sum("unlearned: holds" in line for line in lines) == 1
+
+
+def test_replicates_are_numbered() -> None:
+    """Two lines of one cell are told apart by the seed; retention finds its own replicate's start."""
+    cells = [
+        retained(steps, finetune="a" if steps else None, seeds={"unlearn": seed}, id=f"{steps}{seed}", rate=rate(190 - seed * 100, 200))
+        for seed in (0, 1)
+        for steps in (0, 50)
+    ]
+    lines = [line for line in summary(Report(tuple(cells))) if "after 50 steps" in line]
+    assert [" (seed 1)" in line for line in lines] == [False, True]
+    assert ".45 unlearned" in lines[1]
+
+
+def test_the_verdict_stands_out() -> None:
+    """Only the line with the verdict is coloured: red where something broke, green only where all of a gate holds."""
+    for cells, colour in ((RUN, "red"), ((claim(),), "green"), ((), "yellow")):
+        report = Report(cells)
+        marked = [markup(line, report.exit_code) for line in summary(report)]
+        assert [m for m in marked if m] == [{colour: True, "bold": True}]
 
 
 def test_not_forgotten_and_not_retained_are_told_apart_from_resurgence() -> None:
