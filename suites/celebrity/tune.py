@@ -26,10 +26,14 @@ TRIALS = {
     "esd": [
         *(f"esd:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 200), ("2e-4", 100), ("3e-4", 50))),
         *(f"esd:prompts=task:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("2e-4", 100))),
+        *(f"esd:lr={lr}:steps={n}" for lr, n in (("2e-4", 200), ("3e-4", 150), ("3e-4", 200), ("5e-4", 100))),
+        *(f"esd:prompts=task:lr={lr}:steps={n}" for lr, n in (("3e-4", 150), ("5e-4", 100))),
     ],
     "uce": [
         *(f"uce:ridge={ridge}:preserve={keep}" for ridge, keep in ((10, 0.1), (30, 0.1), (100, 0.1), (100, 1))),
         *(f"uce:prompts=task:ridge={ridge}:preserve={keep}" for ridge, keep in ((10, 1), (30, 1), (100, 0.1), (100, 1), (300, 1), (1000, 0.1))),
+        *(f"uce:prompts=task:ridge={ridge}:preserve={keep}" for ridge, keep in ((2000, 0.1), (3000, 0.1), (2000, 1))),
+        *(f"uce:ridge={ridge}:preserve={keep}" for ridge, keep in ((200, 0.1), (300, 0.1))),
     ],
     "dimum": [f"dimum:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 150), ("2e-4", 60), ("2e-4", 100))],
     "sdd": [
