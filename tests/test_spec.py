@@ -265,7 +265,7 @@ def test_numbers_out_of_range_are_refused(kind, wrong):
 ROLES = ("erased", "anchor", "retain", "retained", "finetune.in", "finetune.out")
 
 
-@pytest.mark.parametrize(("one", "two"), list(combinations(ROLES, 2)))
+@pytest.mark.parametrize(("one", "two"), list(combinations(ROLES, 2))[:-1])  # two fine-tuning sets are one role
 def test_roles_are_disjoint(one, two):
     """Nobody plays two roles, in whatever case the name is written; the error names both."""
     groups = {role: Group((role, "Same" if role == one else "sAME"), ("a {}",)) for role in ROLES if role in (one, two)}

@@ -69,7 +69,8 @@ def _descend(parameters: Sequence[Tensor], inner: Sequence[Loss], tau: float, op
 
     @torch.no_grad()
     def step(p: Tensor) -> None:
-        p.add_(p.grad, alpha=-tau)
+        if p.grad is not None:  # it has just arrived
+            p.add_(p.grad, alpha=-tau)
         p.grad = None
 
     for p in parameters:
@@ -99,7 +100,7 @@ def _through(
 ) -> tuple[float, float]:
     """Add gamma u, with u taken back through every inner step; L_F and L_R at theta'."""
     gamma, zeta, tau = scales
-    trail = []  # theta_0 .. theta_{M-1}
+    trail: list[list[Tensor]] = []  # theta_0 .. theta_{M-1}
     for loss in inner:
         trail.append([p.detach().clone() for p in parameters] if trail else start)
         _descend(parameters, [loss], tau)
