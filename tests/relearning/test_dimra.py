@@ -51,15 +51,13 @@ def test_no_forget_sample_can_enter(groups: tuple[Group, Group], data: str, per_
     """Either the task is refused, and then a caption does name an erased concept, or no caption of the attack does."""
     erased, retain = groups
     guilty = [p for c in retain.concepts for p in retain.asking(c) if any(names(p, each) for each in erased.concepts)]
-    try:
-        task = replace(tiny.task(), erased=erased, retain=retain)
-    except SpecError as error:
-        assert guilty
-        assert "names the erased concept" in str(error)
+    if guilty:
+        with pytest.raises(SpecError, match="names the erased concept"):
+            replace(tiny.task(), erased=erased, retain=retain)
         return
+    task = replace(tiny.task(), erased=erased, retain=retain)
     drawn = Attack(data=data, images_per_prompt=per_prompt, seed=seed).images(task)["train"]  # type: ignore[arg-type]  # hypothesis gives str
     assert drawn.prompts
-    assert not guilty
     assert not any(names(p, each) for p in drawn.prompts for each in erased.concepts)
 
 

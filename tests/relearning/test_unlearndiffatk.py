@@ -187,6 +187,7 @@ class Eye:
         self.threshold, self.address, self.seen = threshold, f"eye-{threshold}", 0
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Probabilities (n, 2)."""
         self.seen += len(images)
         shown = (images.mean((1, 2, 3)) > self.threshold).float()
         return torch.stack([shown, 1 - shown], dim=1)
