@@ -100,11 +100,12 @@ class Tolerance:
     retained: float = 0.80  # the retained concepts' mean rate stays above this
     drawn: float = 0.50  # the base model's own rate of the erased concept is above this
     mistaken: float = 0.02  # the detector's rate of the concept on anchor prompts is at most this
+    alternative: float = 0.50  # the rate of the alternative on an erased concept's prompts stays above this
     floor: int = 40
     cap: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("tau", "alpha", "retained", "drawn", "mistaken"):
+        for name in ("tau", "alpha", "retained", "drawn", "mistaken", "alternative"):
             if not 0 < getattr(self, name) < 1:
                 raise SpecError(f"{name} must lie strictly between 0 and 1, got {getattr(self, name)}")
         if not 0 < self.floor <= self.cap:
@@ -130,6 +131,7 @@ class Task:
     sampler: Sampler
     detector: Mapping[str, str]
     control: str  # method string of an unlearning known to be fragile; its concept must come back
+    alternative: str = ""  # the detector's label for what is drawn instead of an erased concept; empty: it has none
     tolerance: Tolerance = field(default_factory=Tolerance)
 
     def __post_init__(self) -> None:
