@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +18,12 @@ from harness.errors import SpecError
 from harness.meta import _gradient
 from harness.meta.unlearning import Method
 from harness.pipeline import Pipe
+from harness.relearning.dimra import Attack
 from harness.spec import Base, Lineage
 from harness.store import Store
 from harness.unlearning import dimum, esd, uce
 from tests import tiny
+from tests.conftest import Child, die
 from tests.unlearning import _small as small
 
 ESD = esd.Method(steps=3, lr=1e-3, batch=2, sampler_steps=3, trains="x")
@@ -228,3 +232,25 @@ def test_a_meta_lineage_is_made_stopped_and_resumed(base: Base, tmp_path: Any, o
     folders = [Engine(Store(tmp_path / name)).checkpoint(lineage(2)) for name in ("a", "b")]
     assert (folders[0] / "weights.safetensors").read_bytes() == (folders[1] / "weights.safetensors").read_bytes()
     assert (folders[0] / "state.safetensors").read_bytes() == (folders[1] / "state.safetensors").read_bytes()
+
+
+def _killed(base: Base, folder: Path, stages: list[Any]) -> None:
+    """Make the short trajectory, then die in the second step of the long one."""
+    engine = Engine(Store(folder))
+    short, long = (Lineage(base, tiny.task(), (stage,)) for stage in stages)
+    engine.checkpoint(short)
+    engine._reporter = lambda lineage: lambda step, steps, loss: die() if step == 2 else None  # type: ignore[method-assign,return-value]
+    engine.checkpoint(long)
+
+
+@pytest.mark.parametrize("stage", [Method.around(ESD, **QUICK), Attack(lr=1e-3, batch=2, images_per_prompt=1)], ids=["meta", "dimra"])
+def test_a_kill_costs_the_steps_since_the_last_snapshot(stage: Any, base: Base, tmp_path: Path, child: Callable[..., Child], one_thread: None) -> None:
+    """Killed in step 2 of 3 after a snapshot at 1: what another process makes of it equals an unbroken run of 3 bit for bit."""
+    stages = [replace(stage, steps=k) for k in (1, 3)]
+    assert child(_killed, base, tmp_path / "a", stages).wait() == -9
+    long = Lineage(base, tiny.task(), (stages[1],))
+    engine = Engine(Store(tmp_path / "a"))
+    assert engine._snapshot(long) == 1
+    folders = [engine.checkpoint(long), Engine(Store(tmp_path / "b")).checkpoint(long)]
+    for name in ("weights.safetensors", "state.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
