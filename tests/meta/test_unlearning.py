@@ -79,6 +79,38 @@ def test_the_meta_gradient_alone_is_gamma_2_times_what_the_gradient_module_gives
     assert torch.allclose(found, alone / max(1.0, alone.norm().item()), rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("first", ["retain", "forget", "forget", "forget", "retain"]), ("exact", ["retain", *["forget"] * 3, "retain", "forget", "forget"])],
+)
+def test_each_term_sees_its_own_data(order: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """L_R at theta, M = 2 inner steps on D_FT, then L_F and L_R at theta'; exact looks at the inner batches again, last one first. Both retain terms
+    and both looks at an inner batch are on the same draws.
+    """
+    model, stage, seen, draws = (
+        small.pipe(),
+        Method(steps=1, trains="x", **{**QUICK, "inner_steps": 2, "order": order}),
+        list[str](),
+        list[tuple[bytes, bytes]](),
+    )
+    forget, plain = model.encode(["a x", "the x", "a y", "the y"]), model.diffusion_loss
+
+    def listen(x_0: torch.Tensor, embeddings: torch.Tensor, rng: Generator) -> torch.Tensor:
+        of_forget = [bool((forget == row).flatten(1).all(1).any()) for row in embeddings]
+        assert len(set(of_forget)) == 1
+        seen.append("forget" if of_forget[0] else "retain")
+        draws.append((x_0.numpy().tobytes(), rng.get_state().numpy().tobytes()))
+        return plain(x_0, embeddings, rng)
+
+    monkeypatch.setattr(model, "diffusion_loss", listen)
+    run = small.run(model, stage, tiny.task())
+    stage._extra(model, tiny.task(), run)(list(model.parameters("x").values()))
+    assert seen == expected
+    assert draws[0] == draws[4]
+    assert [len(set(part)) for part in zip(*draws[:4], strict=True)] == [4, 4]  # images, and noise and timesteps
+    assert draws[5:] == ([draws[2], draws[1]] if order == "exact" else [])
+
+
 @pytest.mark.parametrize("trains", ["x", "unet"])
 def test_the_second_stage_moves_its_group_after_a_closed_form(trains: str) -> None:
     """`base=None` after UCE: only the trained group moves, and with gamma_2 = 0 nothing does."""
