@@ -6,11 +6,11 @@ import pytest
 
 from fixtures import stages
 from harness.errors import SpecError
-from harness.meta import unlearning as meta
+from harness.meta import meta
 from harness.relearning import dimra, malicious
 from harness.unlearning import esd, uce
 
-PRESETS = {"unlearning": {"esd": {"steps": 7, "lr": 0.5}}, "meta": {"unlearning": {"tau": 0.25}}, "relearning": {"dimra": {"batch": 9}}}
+PRESETS = {"unlearning": {"esd": {"steps": 7, "lr": 0.5}}, "meta": {"meta": {"tau": 0.25}}, "relearning": {"dimra": {"batch": 9}}}
 
 
 def test_a_plain_method_is_one_stage() -> None:
@@ -43,7 +43,7 @@ def test_an_attack_takes_its_data_from_the_name_and_its_steps_from_the_grid() ->
     ("text", "message"),
     [
         ("meta-esd:base=uce", "the base method stands in the name"),
-        ("meta-esd:gama_2=1", "unknown field of 'unlearning' 'gama_2'"),
+        ("meta-esd:gama_2=1", "unknown field of 'meta' 'gama_2'"),
         ("meta-esd:base.etta=1", "unknown field of 'esd' 'etta'"),
         ("meta-esd:inner=adam:order=exact", "take inner=sgd or order=first"),
     ],

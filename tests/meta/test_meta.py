@@ -16,7 +16,7 @@ from harness.catalogue import Spec
 from harness.engine import Engine
 from harness.errors import SpecError
 from harness.meta import _gradient
-from harness.meta.unlearning import Method
+from harness.meta.meta import Method
 from harness.pipeline import Pipe
 from harness.relearning.dimra import Attack
 from harness.spec import Base, Lineage
@@ -158,6 +158,15 @@ def test_a_chain_of_two_runs_is_one(base: Any, order: str) -> None:
     whole, run = small.after(stage(3))
     assert small.same(small.weights(model), small.weights(whole))
     assert small.same(second.state, run.state)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}])
+@pytest.mark.parametrize("base", [ESD, DIMUM, None], ids=["esd", "dimum", "second"])
+def test_no_step_and_no_rate_leave_the_weights(base: Any, change: dict[str, Any]) -> None:
+    """Bit for bit, although theta' was visited on the way."""
+    stage = Method.around(base, **QUICK) if base else Method(steps=2, lr=1e-3, trains="x", **QUICK)
+    assert moved(stage)
+    assert not moved(replace(stage, **change))
 
 
 def test_snapshots_share_a_trajectory_and_the_base_is_part_of_the_address() -> None:
