@@ -225,6 +225,12 @@ def test_self_destruction_is_retained_people_who_go() -> None:
             lambda lineage, asked: (0, 200) if asked[0] == "r" and len(lineage.stages) == 1 and lineage.steps == 4 else None,
             "spoils the unedited base",
         ),
+        (EVERY[2], lambda lineage, asked: (0, 200) if asked[0] == "r" and lineage.steps == 1000 else None, "spoilt model proves nothing"),
+        (
+            about("withstands-prompts", "unlearndiffatk", "uce", 0),
+            lambda lineage, asked: (0, 200) if asked[0] == "r" and lineage.stages else None,
+            "spoilt model proves nothing",
+        ),
         (
             about("self-destructs", "malicious-several", "meta-esd", concept="2 retained concepts"),
             lambda lineage, asked: (0, 200) if asked[0] == "r" and lineage.stages and type(lineage.stages[-1]).__name__ == "Method" else None,

@@ -80,7 +80,8 @@ class Attack:
         delta = torch.full((self.tokens, len(words.candidates)), 1 / len(words.candidates), device=pipe.device).requires_grad_()
         engine = torch.optim.Adam([delta], lr=self.lr, weight_decay=self.weight_decay)
         last = pipe.schedule.config.num_train_timesteps - 1
-        pipe.unet.requires_grad_(False)
+        for model in (pipe.unet, pipe.text_encoder):
+            model.requires_grad_(False)
         for at in torch.linspace(last / (2 * self.timesteps), last - last / (2 * self.timesteps), self.timesteps).long():
             for _ in range(self.iterations):
                 engine.zero_grad()

@@ -61,6 +61,9 @@ def test_given_pictures_are_what_it_trains_on(pictures: Path) -> None:
     assert images.dtype == torch.uint8
     assert images[:, 0].flatten(1).float().mean(1).tolist() == [10, 11, 12, 200, 201, 202]
     assert captions == ("a x", "the x", "a x", "a y", "the y", "a y")
+    fewer, few = _folder.read(str(pictures), tiny.task().erased, 2, 16)
+    assert fewer[:, 0].flatten(1).float().mean(1).tolist() == [10, 11, 200, 201]
+    assert few == ("a x", "the x", "a y", "the y")
     model, run = small.after(attack)
     own, _ = small.after(QUICK)
     assert run.images["train"].shape == (6, 3, 16, 16)
