@@ -67,6 +67,15 @@ def test_more_snapshots_make_it_harder_to_hold() -> None:
     assert extreme([seen(0, 80)] * 4, 0.05, 1, 0.1).word == HOLDS
 
 
+def test_each_snapshot_is_measured_until_its_share_of_alpha_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that stopped at alpha would leave the grid's own word open: with two snapshots each stops at .025."""
+    lab, alphas = Scene(good), list[float]()
+    rate = lab._rate
+    monkeypatch.setattr(lab, "_rate", lambda lineage, asked, gate, looked_for=None: alphas.append(gate.alpha) or rate(lineage, asked, gate, looked_for))
+    lab.largest(lab.snapshots(about("withstands-dimra"), lab.base), "x")
+    assert alphas == [0.025, 0.025]
+
+
 def test_one_bad_snapshot_breaks_the_whole_grid() -> None:
     """The largest decides, wherever it stands."""
     assert [extreme([seen(0, 200), seen(30, 40), seen(0, 200)], 0.05, 9, 0.1).word, extreme([seen(0, 200)], 0.05, 9, 0.1).word] == [BROKEN, HOLDS]
