@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.errors import SpecError, unknown
 
-CLASSES = {"unlearning": "Method", "finetuning": "Finetune", "relearning": "Attack", "detection": "Detector"}
+CLASSES = {"unlearning": "Method", "finetuning": "Finetune", "relearning": "Attack", "meta": "Method", "detection": "Detector"}
 
 
 @dataclass(frozen=True)

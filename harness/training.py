@@ -29,6 +29,7 @@ class Run:
     of the group `trains` as the stage found them, to be used for a frozen copy (`Pipe.swapped`). `start` counts the steps
     already taken; `state` then holds what is needed to go on (the optimizer's tensors) and is replaced by what
     must be kept. A stage that adds an adapter, and so leaves the weights alone, puts its tensors in `adapter`.
+    `extra` is for a stage that wraps another: it may add to the gradient of every step, before the inner stage's mask and clip.
     """
 
     seed: int
@@ -37,6 +38,7 @@ class Run:
     start: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     adapter: dict[str, Tensor] = field(default_factory=dict)
+    extra: Callable[[list[Tensor]], object] | None = None
     losses: list[float] = field(default_factory=list)
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None
 
@@ -93,6 +95,8 @@ def train(
             value = each.differentiate(batch)
             if not torch.isfinite(value):
                 raise PreconditionError(f"the loss became {value.item()} at step {step + 1} of {steps}; try a smaller lr than {lr}")
+            if run.extra is not None and each is phases[0]:
+                run.extra(moving)
             each.move(clip)
             total += value.item()
         if after is not None:

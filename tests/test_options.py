@@ -90,6 +90,7 @@ def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
     """Each option reaches its field; spaces after commas do not matter, steps are sorted."""
     written = ["--model", "owner/name@1", "--method", "uce, esd:eta=3", "--finetune", "full-in, lora-out:rank=2", "--steps", "200, 10", "--task", "t"]
     written += ["--profile", "full", "--tau", "0.2", "--alpha", ".01", "--seeds", "2", "--store", str(tmp_path), "--report", "r", "--no-control"]
+    written += ["--attack", "dimra-auxiliary, malicious-one:source=base", "--attack-steps", "30,10"]
     assert parsed(*written) == Options(
         model="owner/name@1",
         candidate=None,
@@ -104,6 +105,8 @@ def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
         store=tmp_path,
         report=Path("r"),
         control=False,
+        attacks=("dimra-auxiliary", "malicious-one:source=base"),
+        attack_steps=(10, 30),
     )
 
 
@@ -201,17 +204,20 @@ def test_a_candidate_is_its_own_method(tmp_path: Path) -> None:
     [
         ("smoke", {"instruments": 2, "forgotten": 3 * 2, "retained": 3 * (1 + 1), "stays-forgotten": 3 * 1 * 2}),
         ("standard", {"instruments": 3, "forgotten": 3 * 3, "retained": 3 * (1 + 2), "stays-forgotten": 3 * 2 * 3}),
-        ("full", {"instruments": 3, "forgotten": 3 * 3 * 3, "retained": 3 * 3 * (1 + 9), "stays-forgotten": 3 * 3 * 9 * 3}),
+        (
+            "full",
+            {"instruments": 3, "forgotten": 3 * 3 * 3, "retained": 3 * 3 * (1 + 9), "stays-forgotten": 3 * 3 * 9 * 3, "withstands-dimra": 3 * 3 * 2 * 3},
+        ),
     ],
 )
 def test_the_cells_of_each_profile_by_hand(profile: str, counts: dict[str, int]) -> None:
     """Three people, three methods. smoke: two people, one fine-tune at one step. standard: one fine-tune at two steps. full: three replicates of
     three fine-tunes at three steps. Instruments once a person; forgotten once a model and person; retained once a snapshot, the unlearned one
-    included; stays-forgotten once a fine-tuned snapshot and person.
+    included; stays-forgotten once a fine-tuned snapshot and person; full also asks for two DiMRA attacks, once a model, attack and person.
     """
     found = cells("--profile", profile)
     assert Counter(cell.claim for cell in found) == counts
-    assert len(found) == sum(counts.values()) == {"smoke": 20, "standard": 39, "full": 363}[profile]
+    assert len(found) == sum(counts.values()) == {"smoke": 20, "standard": 39, "full": 417}[profile]
 
 
 @settings(max_examples=25, deadline=None)
@@ -263,6 +269,100 @@ def test_smoke_asks_about_the_first_two_people_only() -> None:
     assert smoke.erased.concepts == ("Ada", "Bo")
     assert standard == replace(TASK, tolerance=replace(TASK.tolerance, tau=0.3))
     assert smoke == replace(standard, erased=smoke.erased)
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+EVERY = "dimra-retain,malicious-one,malicious-several,malicious-clean,unlearndiffatk"
+
+
+def attacked(*arguments: str, task: Task = TASK) -> list[Cell]:
+    """The cells that attacks add."""
+    return [cell for claim in cli.ATTACKED for cell in parsed(*arguments).cells(claim, task)]
+
+
+def test_no_attack_no_claim() -> None:
+    """The standard gate has none of them: they are added by option."""
+    assert attacked() == []
+
+
+def test_the_cells_of_each_attack_by_hand() -> None:
+    """Two methods, three people. DiMRA: one cell a person over the whole grid; malicious: one a person and step for each of two sets; CLEAN: one a
+    model at its last step; prompts: one a person. Self-destruction is asked of meta-unlearning only.
+    """
+    found = Counter((cell.claim, cell.method) for cell in attacked("--attack", EVERY, "--method", "esd,meta-esd"))
+    for method in ("esd", "meta-esd"):
+        assert found["withstands-dimra", method] == 3
+        assert found["withstands-malicious", method] == 2 * 4 * 3
+        assert found["withstands-prompts", method] == 3
+        assert found["survives-clean", method] == 1
+    assert found["self-destructs", "meta-esd"] == 2
+    assert sum(found.values()) == 2 * (3 + 24 + 3 + 1) + 2
+
+
+def test_the_alternative_is_asked_of_methods_that_have_one() -> None:
+    """UCE and DiMUM map to the task's anchor, ESD to nothing; a task that names no label for it asks nobody."""
+    arguments = ["--attack", "dimra-retain,dimra-auxiliary", "--method", "esd,uce,meta-dimum"]
+    named = replace(TASK, alternative="none")
+    found = [cell for cell in attacked(*arguments, task=named) if cell.claim == "keeps-alternative"]
+    assert Counter(cell.method for cell in found) == Counter({"uce": 6, "meta-dimum": 6})
+    assert not [cell for cell in attacked(*arguments) if cell.claim == "keeps-alternative"]
+
+
+def test_no_two_cells_of_attacks_share_an_id() -> None:
+    """Also where two claims look at the same model and person."""
+    found = attacked(
+        "--attack", f"{EVERY},dimra-auxiliary,dimra-retain:lr=0.1", "--method", "uce,meta-uce", "--seeds", "2", task=replace(TASK, alternative="none")
+    )
+    found += cells("--method", "uce,meta-uce")
+    assert len({str(cell) for cell in found}) == len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("named", "id"),
+    [
+        (Cell("withstands-dimra", "esd", None, 400, "Ada", 0, "dimra-retain"), "esd-dimra-retain-400-Ada"),
+        (Cell("keeps-alternative", "uce", None, 400, "Ada", 1, "dimra-retain"), "uce-dimra-retain-400-alternative-Ada-seed1"),
+        (Cell("withstands-prompts", "esd", None, 0, "Ada", 0, "unlearndiffatk"), "esd-unlearndiffatk-Ada"),
+    ],
+)
+def test_ids_of_attacks_as_they_are_read(named: Cell, id: str) -> None:
+    """The attack stands where a fine-tune would."""
+    assert str(named) == id
+
+
+def test_the_grid_is_the_attacks_own_or_the_one_that_is_written() -> None:
+    """DiMRA and malicious fine-tuning have their own; `--attack-steps` is both's; an attack on prompts has no steps."""
+    own, written = parsed(), parsed("--attack-steps", "7,3")
+    assert own.grid("dimra-retain:lr=1") == (50, 100, 200, 400)
+    assert own.grid("malicious-one") == (50, 100, 200, 300)
+    assert (written.grid("dimra"), written.grid("malicious-one"), written.grid("unlearndiffatk")) == ((3, 7), (3, 7), (0,))
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (["--attack", "dimro-retain"], "unknown relearning name 'dimro'.*Did you mean 'dimra'"),
+        (["--attack", "dimra-retain,"], "--attack has an empty entry"),
+        (["--attack", "dimra-retain:steps=9"], "'steps'"),
+        (["--attack", "malicious:data=one"], "'data'"),
+        (["--attack", "dimra:seed=1"], "'seed'"),
+        (["--attack-steps", "0"], "--attack-steps takes whole numbers from 1"),
+        (["--method", "meta-edd"], "unknown unlearning name 'edd'"),
+        (["--method", "meta-esd:seed=1"], "'seed'"),
+        (["--method", "meta-esd:base.seed=1"], "'base.seed'"),
+    ],
+)
+def test_an_attack_that_cannot_be_meant_is_refused(written: list[str], message: str) -> None:
+    """Unknown names, empty entries and fields that other options decide."""
+    with pytest.raises(SpecError, match=message):
+        parsed(*written)
+
+
+def test_attacks_more_are_a_gate_and_no_substitute() -> None:
+    """The standard claims and some attacks are a gate; attacks in place of a fine-tune are not."""
+    assert parsed("--attack", EVERY).deviations([TASK]) == []
+    assert parsed("--attack", EVERY, "--steps", "50").deviations([TASK]) == ["12 of the 39 claims of the standard profile are not selected"]
 
 
 # --- is it a gate -----------------------------------------------------------------------------------------------------

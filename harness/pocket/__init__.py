@@ -16,6 +16,7 @@ CLIP = FOLDER / "clip"  # its text tower with the image tower it was trained aga
 DETECTOR = FOLDER / "detector"  # names people, objects, characters, the mask, or none
 STYLE = FOLDER / "style"  # names the four art styles, or none
 CARD = FOLDER / "card.json"  # digests, seeds, versions, figures
+RENDERS = FOLDER / "renders"  # pictures of the erased people that no model drew
 PRESETS = FOLDER / "presets.toml"  # hyper-parameters found on the development people
 DDPM = FOLDER / "ddpm"  # a class-conditional DDPM of the ten CIFAR-10 names, with its own card
 VOCABULARY = FOLDER / "vocabulary.toml"

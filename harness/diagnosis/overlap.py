@@ -1,0 +1,117 @@
+"""Why it came back: do the gradients of harmless fine-tuning point back at what was unlearned?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from harness.data import Captioned
+from harness.errors import SpecError
+from harness.pipeline import Pipe
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the gradients at the unlearned weights say. `alignment`, `overlap` and `chance` have no unit; `predicted` is one number a step count.
+
+    alignment: cosine of the mean gradients; above 0, a step of fine-tuning lowers the concept's loss: it relearns.
+    overlap: mean squared cosine of the principal angles of the two gradient subspaces, in [0, 1]; `chance` is its level for random ones.
+    predicted: RS(k), the share of the erasure's gap that k fine-tuning steps close, to first order in the forget loss.
+    """
+
+    alignment: float
+    overlap: float
+    chance: float
+    predicted: dict[int, float]
+
+
+def gradients(pipe: Pipe, data: Captioned, names: str, count: int, batch: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
+    """`count` gradients of L_DM sketched to `size` numbers (count, size), their mean (d,) in full, and the mean loss.
+
+    The draws depend on the seed only, so that two data sets see the same timesteps, noise and places. One F + B each.
+    """
+    parameters = list(pipe.parameters(names).values())
+    rows, mean, losses = [], torch.zeros(sum(p.numel() for p in parameters)), []
+    for i in range(count):
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        loss = pipe.diffusion_loss(*data.batch(batch, rng), rng)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)]).cpu()
+        rows.append(sketch(gradient, size, seed))
+        mean += gradient / count
+        losses.append(loss.item())
+    return torch.stack(rows), mean, sum(losses) / count
+
+
+def sketch(row: Tensor, size: int, seed: int = 0) -> Tensor:
+    """Count sketch (size,) of a row (d,): every entry, with a sign, into one bucket. Inner products are kept on average."""
+    rng = Generator().manual_seed(seed)
+    bucket = torch.randint(size, row.shape, generator=rng)
+    sign = torch.randint(2, row.shape, generator=rng) * 2 - 1
+    return torch.zeros(size, dtype=row.dtype).index_add_(0, bucket, row * sign)
+
+
+def subspace(rows: Tensor, energy: float = 0.95) -> Tensor:
+    """Orthonormal basis (d, r) of the fewest right singular vectors that hold a share of the rows' energy."""
+    _, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
+    held = s.square().cumsum(0) / s.square().sum()
+    return v[: int((held < energy - 1e-12).sum()) + 1].T
+
+
+def overlap(one: Tensor, two: Tensor) -> tuple[float, float]:
+    """||U^T V||_F^2 / min(r_u, r_v) of two bases, and its chance level max(r_u, r_v) / d."""
+    if one.shape[0] != two.shape[0]:
+        raise SpecError(f"two subspaces of one space are needed, got {one.shape[0]} and {two.shape[0]} dimensions")
+    small, large = sorted((one.shape[1], two.shape[1]))
+    return float((one.T @ two).square().sum() / small), large / one.shape[0]
+
+
+def reach(curvature: Tensor, lr: float, steps: int) -> Tensor:
+    """f_k(l) = (1 - (1 - lr l)^k) / l: how far k steps of gradient descent go along a direction of curvature l; lr k where l is 0."""
+    flat = curvature.abs() * lr < 1e-9
+    return torch.where(flat, lr * steps, (1 - (1 - lr * curvature) ** steps) / torch.where(flat, 1.0, curvature))
+
+
+def resurgence(g_f: Tensor, g_t: Tensor, curvature: Tensor, lr: float, steps: int, gap: float) -> float:
+    """RS(k) = sum_j g_f,j f_k(F_j) g_t,j / gap, with a diagonal curvature F >= 0 of the fine-tuning loss; gap = L_f(unlearned) - L_f(base)."""
+    if not gap > 0:
+        raise SpecError(f"unlearning did not raise the concept's loss (by {gap:.3g}), so there is no gap to close")
+    return float((g_f * reach(curvature.double(), lr, steps).to(g_f) * g_t).sum()) / gap
+
+
+def diagnose(
+    pipe: Pipe,
+    forget: Captioned,
+    finetune: Captioned,
+    names: str = "unet",
+    *,
+    gap: float,
+    lr: float,
+    grid: Sequence[int] = (50, 200),
+    count: int = 64,
+    batch: int = 4,
+    size: int = 4096,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Overlap:
+    """Alignment, overlap and predicted resurgence of one unlearned model and one fine-tuning set, from `count` gradients of each.
+
+    The quadratic model behind it is derived here for the linear case that "concept resurgence" (arXiv 2410.08074, later
+    versions) describes; it is exact for a linear denoiser under plain gradient descent. Its curvature is the
+    empirical Fisher's mean diagonal, one number. `forget` are images of the erased concept from the model before unlearning.
+    """
+    if count < 2:
+        raise SpecError(f"a subspace of gradients needs at least 2 of them, got {count}")
+    if not grid or min(grid) < 1:
+        raise SpecError(f"the steps to predict must be at least 1, got {list(grid)}")
+    f, mean_f, _ = gradients(pipe, forget, names, count, batch, size)
+    progress("overlap: gradients of the concept")
+    t, mean_t, _ = gradients(pipe, finetune, names, count, batch, size)
+    progress("overlap: gradients of fine-tuning")
+    share, chance = overlap(subspace(f), subspace(t))
+    fisher = t.square().sum(1).mean(0, keepdim=True) / len(mean_t)
+    found = {k: resurgence(mean_f, mean_t, fisher, lr, k, gap) for k in grid}
+    cosine = float(mean_f @ mean_t / (mean_f.norm() * mean_t.norm()).clamp(min=math.ulp(0)))
+    return Overlap(cosine, share, chance, found)

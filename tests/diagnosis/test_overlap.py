@@ -1,0 +1,139 @@
+"""The diagnostic: exact where the theory is, and blind to what must not matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness.data import Captioned
+from harness.diagnosis import overlap as diagnosis
+from harness.errors import SpecError
+from tests.unlearning import _small as small
+
+CALM = settings(deadline=None, max_examples=30)
+SEEDS = st.integers(0, 999)
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    """Random float64 numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- the linear case --------------------------------------------------------------------------------------------------
+
+
+@CALM
+@given(seed=SEEDS, steps=st.integers(1, 60))
+def test_the_prediction_is_exact_for_a_linear_denoiser(seed: int, steps: int) -> None:
+    """eps_w(x) = w . x with a diagonal quadratic loss on the fine-tuning set: k steps of gradient descent change a linear forget loss by -RS x gap."""
+    curvature, start, g_f, lr = rows(6, seed=seed).abs(), rows(6, seed=seed + 1), rows(6, seed=seed + 2), 0.1
+    w = start.clone()
+    for _ in range(steps):
+        w = w - lr * curvature * w  # the fine-tuning loss is sum_j F_j w_j^2 / 2
+    fell = -(g_f @ (w - start)).item()
+    assert diagnosis.resurgence(g_f, curvature * start, curvature, lr, steps, gap=2.0) == pytest.approx(fell / 2, abs=1e-10)
+
+
+@CALM
+@given(seed=SEEDS, steps=st.integers(1, 60))
+def test_the_erasure_contracts_as_the_linear_theory_says(seed: int, steps: int) -> None:
+    """Delta (I - lr Sigma)^k is what k steps leave of an erasure Delta; f_k(l) l = 1 - (1 - lr l)^k is the share that is gone."""
+    sigma, lr = rows(5, seed=seed).abs(), 0.1
+    assert torch.allclose(diagnosis.reach(sigma, lr, steps) * sigma, 1 - (1 - lr * sigma) ** steps, atol=1e-12)
+
+
+def test_no_overlap_no_resurgence() -> None:
+    """Fine-tuning that moves only directions the concept's loss does not feel closes nothing of the gap."""
+    g_f, g_t = torch.tensor([1.0, 2, 0, 0]), torch.tensor([0.0, 0, 3, 4])
+    assert diagnosis.resurgence(g_f, g_t, torch.ones(4), 0.1, 50, 1.0) == 0
+
+
+def test_the_limits_of_the_reach() -> None:
+    """Flat directions go lr k far, stiff ones stop at 1 / l."""
+    curvature = torch.tensor([0.0, 1e-8, 2.0], dtype=torch.float64)
+    found = diagnosis.reach(curvature, 0.1, 1000)
+    assert found.tolist() == pytest.approx([100, 100, 0.5], rel=1e-4)
+
+
+# --- subspaces --------------------------------------------------------------------------------------------------------
+
+
+@CALM
+@given(seed=SEEDS, scale=st.floats(0.01, 100))
+def test_the_overlap_knows_spans_only(seed: int, scale: float) -> None:
+    """1 for one span, 0 for orthogonal ones; rotating the gradients within their span or scaling them changes nothing."""
+    one, two = rows(3, 10, seed=seed), rows(4, 10, seed=seed + 1)
+    mixed = scale * torch.linalg.qr(rows(3, 3, seed=seed + 2)).Q @ one
+    value, chance = diagnosis.overlap(diagnosis.subspace(one, 1.0), diagnosis.subspace(two, 1.0))
+    again, _ = diagnosis.overlap(diagnosis.subspace(mixed, 1.0), diagnosis.subspace(two, 1.0))
+    assert value == pytest.approx(again, abs=1e-9)
+    assert 0 <= value <= 1 + 1e-9
+    assert chance == 4 / 10
+    assert diagnosis.overlap(diagnosis.subspace(one, 1.0), diagnosis.subspace(mixed, 1.0))[0] == pytest.approx(1)
+    flat = torch.eye(10, dtype=torch.float64)
+    assert diagnosis.overlap(diagnosis.subspace(flat[:3], 1.0), diagnosis.subspace(flat[3:7], 1.0))[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_random_subspaces_overlap_by_chance() -> None:
+    """The mean over 30 pairs of 5 and 10 directions in 100 is 10 / 100 within .02."""
+    values = [diagnosis.overlap(diagnosis.subspace(rows(5, 100, seed=i), 1.0), diagnosis.subspace(rows(10, 100, seed=1000 + i), 1.0)) for i in range(30)]
+    assert sum(v for v, _ in values) / 30 == pytest.approx(values[0][1], abs=0.02)
+
+
+def test_the_subspace_holds_the_energy_and_no_more() -> None:
+    """Singular values 10, 1, 0.1: 95 % is in the first, 99.9 % in two."""
+    x = torch.diag(torch.tensor([10.0, 1, 0.1], dtype=torch.float64))
+    assert [diagnosis.subspace(x, e).shape[1] for e in (0.95, 0.999, 1.0)] == [1, 2, 3]
+
+
+def test_a_sketch_keeps_the_overlap() -> None:
+    """Two spans that share 3 of 6 directions in 20000 dimensions: .5 before, .5 within .06 after a sketch to 4096."""
+    one, two = rows(6, 20000), torch.cat([rows(6, 20000)[:3], rows(3, 20000, seed=1)])
+    before, _ = diagnosis.overlap(diagnosis.subspace(one, 1.0), diagnosis.subspace(two, 1.0))
+    sketched = [torch.stack([diagnosis.sketch(row, 4096) for row in each]) for each in (one, two)]
+    after, _ = diagnosis.overlap(*(diagnosis.subspace(each, 1.0) for each in sketched))
+    assert before == pytest.approx(0.5, abs=0.02)
+    assert after == pytest.approx(before, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: diagnosis.resurgence(torch.ones(2), torch.ones(2), torch.ones(2), 0.1, 1, 0.0), "no gap to close"),
+        (lambda: diagnosis.overlap(torch.eye(3), torch.eye(4)), "two subspaces of one space"),
+        (lambda: diagnosis.diagnose(None, None, None, gap=1.0, lr=0.1, grid=()), "steps to predict"),  # type: ignore[arg-type]
+        (lambda: diagnosis.diagnose(None, None, None, gap=1.0, lr=0.1, count=1), "at least 2"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_diagnosed_is_refused(wrong: object, message: str) -> None:
+    """No gap, two spaces, no steps, one gradient."""
+    with pytest.raises(SpecError, match=message):
+        wrong()  # type: ignore[operator]
+
+
+# --- on a model -------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_aligned_with_itself() -> None:
+    """Same data twice: alignment and overlap 1, a positive prediction that grows with the steps; the weights stay."""
+    model = small.pipe()
+    before = small.weights(model)
+    data = Captioned(model, small.pictures(4), ["a x"] * 4)
+    found = diagnosis.diagnose(model, data, data, "x", gap=1.0, lr=1e-3, grid=(1, 10), count=4, batch=2, size=256)
+    assert (found.alignment, found.overlap) == pytest.approx((1, 1), abs=1e-5)
+    assert 0 < found.predicted[1] < found.predicted[10]
+    assert found.chance <= 4 / 256
+    assert small.same(small.weights(model), before)
+
+
+def test_the_first_step_is_the_inner_product_of_the_mean_gradients() -> None:
+    """Signature: RS(1) = lr <g_f, g_t> / gap, and another fine-tuning set gives another."""
+    model = small.pipe()
+    forget, other = (Captioned(model, small.pictures(4, seed), ["a x"] * 4) for seed in (0, 5))
+    means = [diagnosis.gradients(model, data, "x", 4, 2, 256)[1] for data in (forget, other)]
+    found = diagnosis.diagnose(model, forget, other, "x", gap=0.5, lr=1e-3, grid=(1,), count=4, batch=2, size=256)
+    assert found.predicted[1] == pytest.approx(1e-3 * float(means[0] @ means[1]) / 0.5, rel=1e-4)
+    assert found.alignment < 0.9999
