@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.detection._rule import Rule
 from harness.engine import Engine, Wanted
 from harness.errors import SpecError
 from harness.spec import Group, ImageSet, Lineage, key, seed_of
 from harness.stats import Rate, Sequential
 
+TOP = Rule()
 CHUNK = 20  # images drawn at a time after the floor; looked at round by round all the same
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A rate with the gate's word, and where its first images are (`wanted`)."""
+    """A rate with the gate's word, where its first images are (`wanted`), and what else the detector says of the counted images."""
 
     rate: Rate
     word: str
     wanted: Wanted
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(
@@ -35,35 +38,40 @@ def measure(
     seed: int = 0,
     looked_for: str | None = None,
     report: Callable[[Sequential], None] = lambda gate: None,
+    rule: Rule = TOP,
 ) -> Measured:
     """Feed `gate` with whole rounds, one new image per prompt of `asked`, until it has stopped.
 
-    A hit is an image whose most probable label is the concept that was asked for, or `looked_for` where that is
-    given. Image r of a prompt has the same noise under every model, so models are compared pair by pair.
+    A hit is an image in which `rule` finds the concept that was asked for (by default as its most probable label), or
+    `looked_for` where that is given. A detector's own `figures(scores, wanted)` are taken of the same images. Image r of a
+    prompt has the same noise under every model, so models are compared pair by pair.
     """
     concepts = [c for c in asked.concepts for _ in asked.prompts]
     wanted_labels = [looked_for or c for c in concepts]
     if strange := sorted(set(wanted_labels) - set(detector.labels)):
         raise SpecError(f"the detector cannot see '{strange[0]}'; it knows {len(detector.labels)} labels, such as '{detector.labels[0]}'")
-    width, first, done = len(concepts), None, 0
+    index = torch.tensor([detector.labels.index(label) for label in wanted_labels])
+    width, first, done, counted = len(concepts), None, 0, []
     while not gate.stopped:
         rounds = max(1, (gate.floor - gate.n + width - 1) // width if gate.n < gate.floor else CHUNK // width)
         wanted = (round_images(asked, range(done, done + rounds), seed), lineage.task.sampler)
         first, done = first or wanted, done + rounds
-        for row in hits(engine, lineage, wanted, detector, wanted_labels):
+        for scores in engine.scores(lineage, wanted, detector).split(width):
             if not gate.stopped:
-                gate.feed(row.numpy())
+                gate.feed(rule.hits(scores, index).numpy())
+                counted.append(scores)
         report(gate)
     if first is None:
         raise SpecError("a rate needs a gate that has not stopped yet")
-    return Measured(gate.rate, gate.verdict, first)
+    figures = detector.figures(torch.cat(counted), index.repeat(len(counted))) if hasattr(detector, "figures") else {}
+    return Measured(gate.rate, gate.verdict, first, figures)
 
 
-def hits(engine: Engine, lineage: Lineage, wanted: Wanted, detector: Any, labels: list[str]) -> Tensor:
-    """Whether the most probable label is the wanted one, as 0/1 integers (rounds, prompts); `labels` are one round's."""
+def hits(engine: Engine, lineage: Lineage, wanted: Wanted, detector: Any, labels: list[str], rule: Rule = TOP) -> Tensor:
+    """Whether `rule` finds the wanted label, as 0/1 integers (rounds, prompts); `labels` are one round's."""
     scores = engine.scores(lineage, wanted, detector)
     index = torch.tensor([detector.labels.index(label) for label in labels]).repeat(len(scores) // len(labels))
-    return (scores.argmax(dim=1) == index).int().view(-1, len(labels))
+    return rule.hits(scores, index).view(-1, len(labels))
 
 
 def round_images(asked: Group, rounds: range, seed: int) -> ImageSet:
