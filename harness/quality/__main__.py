@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         task, texts = Task.load(given.task), captions.read(given.captions, given.count)
+        chosen = list(lineages(given, task))
         engine, clip = Engine(Store(given.store), lambda line: print(line, file=sys.stderr)), Clip(given.clip)
-        for title, lineage in lineages(given, task):
+        for title, lineage in chosen:
             print(title)
             for figure in measured(engine, lineage, texts, given, clip):
                 print(f"  {figure}")
