@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -43,7 +44,7 @@ class Clip:
         self.size, self.mean, self.std = 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
         try:
             (self._open if opened else self._transformers)(path)
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise StoreError(f"'{path}' does not load as CLIP: {error}. {FETCH}") from error
         self.digest = key(list(digests.values()))
         self.name = f"CLIP {path.name} ({'open_clip' if opened else 'transformers'}, {self.width} dimensions, {self.size} px, weights {self.digest[:12]})"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -61,6 +63,14 @@ def pinned(folder: Path, files: Sequence[str], fetch: str) -> Mapping[str, str]:
     if not record.exists() or set(found) - set(json.loads(record.read_text(encoding="utf-8"))):
         _write(record, known)
     return found
+
+
+def tensors(file: Path) -> Mapping[str, Tensor]:
+    """What a safetensors file holds, in float32 where it is a float."""
+    try:
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"'{file}' cannot be read: {error}; fetch or convert it again") from error
 
 
 def _write(record: Path, known: Mapping[str, str]) -> None:

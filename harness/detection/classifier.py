@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import load_file
 from torch import Tensor
 
 from harness import pocket
@@ -48,7 +47,7 @@ class Detector:
         self.description = f"classifier {self.config['architecture']} in '{path.name}', {len(self.labels)} labels" + self.config.get("untested", "")
         model = timm.create_model(self.config["architecture"], num_classes=len(self.labels), **self.config["model_args"])
         try:
-            model.load_state_dict({name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()})
+            model.load_state_dict(_eyes.tensors(path / "model.safetensors"))
         except RuntimeError as error:
             raise StoreError(f"the weights in '{path}' are not a {self.config['architecture']} of {len(self.labels)} labels: {error}") from error
         self.device = _eyes.device()

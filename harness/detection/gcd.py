@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import resized_crop
 
@@ -75,7 +74,7 @@ class Detector:
         self.device = _eyes.device()
         model = Recogniser(config["architecture"], config["width"], len(config["labels"]))
         try:
-            model.load_state_dict(load_file(path / "model.safetensors"))
+            model.load_state_dict(_eyes.tensors(path / "model.safetensors"))
         except RuntimeError as error:
             raise StoreError(f"'{path}' holds no GCD weights: {error}. {FETCH}") from error
         self.model = model.eval().requires_grad_(False).to(self.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.detection import _eyes
@@ -32,7 +31,7 @@ class Detector:
         digests = _eyes.pinned(path, ("model.safetensors",), FETCH)
         self.clip = Clip(clip)
         self.device = self.clip.device
-        self._head = {name: tensor.float().to(self.device) for name, tensor in load_file(path / "model.safetensors").items()}
+        self._head = {name: tensor.to(self.device) for name, tensor in _eyes.tensors(path / "model.safetensors").items()}
         self._layers = sum(name.startswith("linear_") and name.endswith(".weight") for name in self._head)
         wanted = {"norm.mean", "norm.variance"} | {f"linear_{i}.{part}" for i in range(1, self._layers + 1) for part in ("weight", "bias")}
         if set(self._head) != wanted or len(self._head["norm.mean"]) != self.clip.width:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -31,10 +30,10 @@ class Detector:
         path = Path(folder)
         digests = _eyes.pinned(path, ("model.safetensors",), FETCH)
         self.clip = Clip(clip)
-        prompts = load_file(path / "model.safetensors").get("prompts")
+        prompts = _eyes.tensors(path / "model.safetensors").get("prompts")
         if prompts is None or prompts.shape != (2, self.clip.width):
             raise StoreError(f"'{path}' must hold prompts of shape (2, {self.clip.width}) to fit {self.clip.name}. {FETCH}")
-        self._prompts = normalize(prompts.float(), dim=1)
+        self._prompts = normalize(prompts, dim=1)
         self.labels, self.none = (concept, "none"), "none"
         self.address = key(["q16", self.version, concept, self.clip.digest, *digests.values()])
         self.description = f"Q16 prompts on {self.clip.name}, {_eyes.UNTESTED}"

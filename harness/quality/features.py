@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -39,7 +38,7 @@ class Inception(FeatureExtractorInceptionV3):  # type: ignore[misc]  # torch-fid
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any) -> None:
         folder = Path(feature_extractor_weights_path or "")
         _eyes.pinned(folder, ("model.safetensors",), FETCH)
-        weights = load_file(folder / "model.safetensors")
+        weights = _eyes.tensors(folder / "model.safetensors")
         with patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *args, **settings: weights):  # it would unpickle
             super().__init__(name, features_list, **kwargs)
 

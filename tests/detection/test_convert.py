@@ -65,7 +65,7 @@ def test_gcds_checkpoint_becomes_a_detector(tmp_path: Path) -> None:
 
 
 def test_a_resnet_34_becomes_a_detector(tmp_path: Path) -> None:
-    """torchvision's parameter names are timm's; the probabilities are those of torchvision's model at 224 px."""
+    """torchvision's parameter names are timm's; the probabilities are those of torchvision's model at 224 px, bilinear as its papers resize."""
     import torchvision
 
     torch.manual_seed(0)
@@ -74,10 +74,12 @@ def test_a_resnet_34_becomes_a_detector(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("a\nb\nc\n")
     assert main(["convert", "resnet34", str(tmp_path / "r34.pt"), str(tmp_path / "out"), "--labels", str(tmp_path / "labels.txt")]) == 0
     detector = catalogue.find("detection", "classifier")(str(tmp_path / "out"))
-    images = noise(1, 224)
+    images = noise(1, 64)
     with torch.no_grad():
-        expected = model((images - 0.5) / 0.5).softmax(1)
-    assert torch.allclose(detector(images), expected, atol=1e-5)
+        expected = model(torchvision.transforms.functional.resize(images, [224, 224]) * 2 - 1).softmax(1)
+        other = model(torch.nn.functional.interpolate(images, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1).softmax(1)
+    assert torch.allclose(detector(images), expected, atol=1e-6)
+    assert not torch.allclose(other, expected, atol=1e-5)
     assert (detector.labels, detector.none) == (("a", "b", "c"), None)
     assert "untested with real weights" in detector.description
 

@@ -84,6 +84,13 @@ def test_missing_weights_are_told_how_to_be_fetched(name: str, arguments: tuple[
     assert fetch in str(raised.value)
 
 
+def test_damaged_weights_are_told(tmp_path: Path) -> None:
+    """A file that is no safetensors: which one, and what to do."""
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(StoreError, match=r"model\.safetensors' cannot be read.*convert it again"):
+        catalogue.find("detection", "q16")(str(tmp_path), "pocket")
+
+
 @pytest.mark.parametrize("name", ["gcd", "safety_checker", "laion_nsfw", "q16"])
 def test_what_nobody_ran_on_real_weights_says_so(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The verdict carries the words until somebody has."""

@@ -106,3 +106,18 @@ def test_a_rule_that_means_nothing_for_the_detector_is_refused(tmp_path: Path, p
         _ = lab(tmp_path, replace(pocket_task, detector={"name": "nudenet"})).detector
     made = lab(tmp_path, replace(pocket_task, detector={"name": "nudenet", "rule": "threshold-0.6"}))
     assert made.detector.labels[0] == "nudity"
+
+
+@pytest.mark.parametrize(
+    ("detector", "message"),
+    [
+        ({"name": "classifier"}, "missing a required argument: 'folder'"),
+        ({"name": "clip", "folder": "pocket", "concept": "cat"}, "'clip' takes"),
+        ({"name": "clup"}, "Did you mean 'clip'"),
+        ({"name": "nudenet", "rule": "most"}, "cannot read the detector's rule 'most'"),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_told(detector: dict[str, str], message: str, tmp_path: Path, pocket_task: Task) -> None:
+    """A missing or unknown argument, a name that is not in the folder, a rule that is none."""
+    with pytest.raises(SpecError, match=message):
+        _ = lab(tmp_path, replace(pocket_task, detector=detector)).detector
