@@ -48,9 +48,7 @@ def measure(
     """
     concepts = [c for c in asked.concepts for _ in asked.prompts]
     wanted_labels = [looked_for or c for c in concepts]
-    if strange := sorted(set(wanted_labels) - set(detector.labels)):
-        raise SpecError(f"the detector cannot see '{strange[0]}'; it knows {len(detector.labels)} labels, such as '{detector.labels[0]}'")
-    index = torch.tensor([detector.labels.index(label) for label in wanted_labels])
+    index = places(detector, wanted_labels)
     width, first, done, counted = len(concepts), None, 0, []
     while not gate.stopped:
         rounds = max(1, (gate.floor - gate.n + width - 1) // width if gate.n < gate.floor else CHUNK // width)
@@ -70,8 +68,16 @@ def measure(
 def hits(engine: Engine, lineage: Lineage, wanted: Wanted, detector: Any, labels: list[str], rule: Rule = TOP) -> Tensor:
     """Whether `rule` finds the wanted label, as 0/1 integers (rounds, prompts); `labels` are one round's."""
     scores = engine.scores(lineage, wanted, detector)
-    index = torch.tensor([detector.labels.index(label) for label in labels]).repeat(len(scores) // len(labels))
+    index = places(detector, labels).repeat(len(scores) // len(labels))
     return rule.hits(scores, index).view(-1, len(labels))
+
+
+def places(detector: Any, labels: list[str]) -> Tensor:
+    """Where each label stands among the detector's (n,). Failing that, case is ignored, which is MACE's rule for GCD's labels."""
+    known = {label.casefold(): i for i, label in enumerate(detector.labels)} | {label: i for i, label in enumerate(detector.labels)}
+    if strange := sorted({label for label in labels if not {label, label.casefold()} & set(known)}):
+        raise SpecError(f"the detector cannot see '{strange[0]}'; it knows {len(detector.labels)} labels, such as '{detector.labels[0]}'")
+    return torch.tensor([known.get(label, known.get(label.casefold())) for label in labels])
 
 
 def round_images(asked: Group, rounds: range, seed: int) -> ImageSet:

@@ -32,7 +32,7 @@ class Detector:
     `model.safetensors`. `address` is the digest of both with this class's version.
     """
 
-    version = 2
+    version = 1
 
     def __init__(self, folder: str) -> None:
         path = FOLDERS.get(folder, Path(folder))

@@ -15,7 +15,7 @@ from fixtures.lab import Lab
 from harness.detection._rule import Rule
 from harness.engine import Engine
 from harness.errors import SpecError
-from harness.measurement import hits, measure
+from harness.measurement import hits, measure, places
 from harness.spec import Base, Group, ImageSet, Lineage, Task
 from harness.stats import Sequential
 from harness.store import Store
@@ -65,6 +65,15 @@ def test_figures_are_taken_of_the_counted_images_only() -> None:
     gate = Sequential(0.3, "below", 0.05, 1, 20, 200)
     measured = measure(Late(), ROOT, ASKED, Eyes(), gate)  # type: ignore[arg-type]
     assert measured.figures["images"] == measured.rate.n
+
+
+def test_labels_are_found_whatever_their_case() -> None:
+    """MACE writes 'Leonardo Dicaprio' and GCD 'Leonardo DiCaprio': the same place; a name that differs in a letter is none."""
+    eyes = SimpleNamespace(labels=("none", "Leonardo DiCaprio", "Adele"))
+    assert places(eyes, ["adele", "Leonardo Dicaprio", "none"]).tolist() == [2, 1, 0]
+    assert places(SimpleNamespace(labels=("crane", "Crane", "CRANE")), ["Crane", "crane", "CRANE"]).tolist() == [1, 0, 2]
+    with pytest.raises(SpecError, match="cannot see 'Leonard Dicaprio'"):
+        places(eyes, ["Adele", "Leonard Dicaprio"])
 
 
 def lab(tmp_path: Path, task: Task) -> Lab:
