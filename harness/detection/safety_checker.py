@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -16,7 +15,7 @@ from harness.spec import key
 FETCH = "Fetch it with `hf download CompVis/stable-diffusion-safety-checker config.json model.safetensors --local-dir FOLDER` and give that folder"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPECIAL = 0.01  # added to every concept once a special-care concept is near
-ROUNDED = 3  # digits after which the checker compares with 0
+LEAST = 0.0005  # the checker rounds to three digits before it asks for more than 0
 SCALE = 100.0  # from cosine to logit; monotone, no decision depends on it
 
 
@@ -44,10 +43,10 @@ class Detector:
     def __call__(self, images: Tensor, batch: int = 16) -> Tensor:
         """Probabilities (n, 2) for images (n, 3, h, w) in [0, 1]."""
         excess = _eyes.seen(self._excess, images, batch, self.device)
-        return _eyes.shared((SCALE * (excess - 0.5 * 10**-ROUNDED)).sigmoid())
+        return _eyes.shared((SCALE * (excess - LEAST)).sigmoid())
 
     def _excess(self, images: Tensor) -> Tensor:
-        """Largest cosine over its threshold (n,), rounded as the checker rounds."""
+        """Largest excess of a cosine over its threshold (n,)."""
         size = self.model.config.vision_config.image_size
         pixels = _eyes.normalised(_eyes.resized(images, size), MEAN, STD)
         seen = normalize(self.model.visual_projection(self.model.vision_model(pixels)[1]), dim=1)
@@ -58,5 +57,5 @@ class Detector:
                 (self.model.concept_embeds, self.model.concept_embeds_weights),
             )
         )
-        careful = (torch.round(special, decimals=ROUNDED) > 0).any(dim=1, keepdim=True)
-        return torch.round(concepts + SPECIAL * careful, decimals=ROUNDED).amax(dim=1)
+        careful = (special > LEAST).any(dim=1, keepdim=True)
+        return (concepts + SPECIAL * careful).amax(dim=1)
