@@ -106,6 +106,12 @@ def test_answers_become_a_rate_beside_the_detectors(report: Path, capsys: pytest
     assert f"Cohen's kappa, mean over pairs {kappa:.3f}" in said
 
 
+def test_the_detectors_rate_is_that_of_the_same_model() -> None:
+    """A claim about fine-tuning knows three models: the base, the unlearned one before, and its own."""
+    found, _ = rating.chosen([claim("stays-forgotten")])
+    assert {image.row: rate and rate["k"] for image, rate in found.items()} == {"base": 39, "unlearned": 0, "lora-in 50": 1}
+
+
 @pytest.mark.parametrize(("words", "kappa"), [([("yes", "no"), ("yes", "no")], 1.0), ([("yes", "no"), ("no", "yes")], -1.0), ([("no", "no")] * 2, None)])
 def test_agreement_by_hand(words: list[tuple[str, str]], kappa: float | None) -> None:
     """Always, never; and unknown where both say one word throughout, since chance would do the same. One rater agrees with nobody."""
