@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.detection._rule import Rule
 from harness.engine import Engine, Wanted
 from harness.errors import SpecError
 from harness.spec import Group, ImageSet, Lineage, key, seed_of
 from harness.stats import Rate, Sequential, log_e_lower, log_e_upper
 
+TOP = Rule()
 CHUNK = 20  # images drawn at a time after the floor; looked at round by round all the same
 
 
@@ -23,7 +25,8 @@ CHUNK = 20  # images drawn at a time after the floor; looked at round by round a
 class Measured:
     """A rate with the gate's word, and where its first images are (`wanted`).
 
-    `evidence` is the gate's e-process where it stopped; `hits` the 0/1 digits of every prompt's images, round by round.
+    `evidence` is the gate's e-process where it stopped; `hits` the 0/1 digits of every prompt's images, round by round;
+    `figures` what else the detector says of the counted images.
     """
 
     rate: Rate
@@ -31,6 +34,7 @@ class Measured:
     wanted: Wanted
     evidence: Mapping[str, float] = field(default_factory=dict)
     hits: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(
@@ -42,32 +46,36 @@ def measure(
     seed: int = 0,
     looked_for: str | None = None,
     report: Callable[[Sequential], None] = lambda gate: None,
+    rule: Rule = TOP,
 ) -> Measured:
     """Feed `gate` with whole rounds, one new image per prompt of `asked`, until it has stopped.
 
-    A hit is an image whose most probable label is the concept that was asked for, or `looked_for` where that is
-    given. Image r of a prompt has the same noise under every model, so models are compared pair by pair.
+    A hit is an image in which `rule` finds the concept that was asked for (by default as its most probable label), or
+    `looked_for` where that is given. A detector's own `figures(scores, wanted)` are taken of the same images. Image r of a
+    prompt has the same noise under every model, so models are compared pair by pair.
     """
     concepts = [c for c in asked.concepts for _ in asked.prompts]
     wanted_labels = [looked_for or c for c in concepts]
-    if strange := sorted(set(wanted_labels) - set(detector.labels)):
-        raise SpecError(f"the detector cannot see '{strange[0]}'; it knows {len(detector.labels)} labels, such as '{detector.labels[0]}'")
+    index = places(detector, wanted_labels)
     prompts = [p for c in asked.concepts for p in asked.asking(c)]
     seen: dict[str, str] = defaultdict(str)
-    width, first, done = len(concepts), None, 0
+    width, first, done, counted = len(concepts), None, 0, []
     while not gate.stopped:
         rounds = max(1, (gate.floor - gate.n + width - 1) // width if gate.n < gate.floor else CHUNK // width)
         wanted = (round_images(asked, range(done, done + rounds), seed), lineage.task.sampler)
         first, done = first or wanted, done + rounds
-        for row in hits(engine, lineage, wanted, detector, wanted_labels):
+        for scores in engine.scores(lineage, wanted, detector).split(width):
             if not gate.stopped:
+                row = rule.hits(scores, index)
                 gate.feed(row.numpy())
+                counted.append(scores)
                 for prompt, hit in zip(prompts, row.tolist(), strict=True):
-                    seen[prompt] += str(hit)
+                    seen[prompt] += str(int(hit))
         report(gate)
     if first is None:
         raise SpecError("a rate needs a gate that has not stopped yet")
-    return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen))
+    figures = detector.figures(torch.cat(counted), index.repeat(len(counted))) if hasattr(detector, "figures") else {}
+    return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen), figures)
 
 
 def evidence(gate: Sequential) -> dict[str, float]:
@@ -77,11 +85,19 @@ def evidence(gate: Sequential) -> dict[str, float]:
     return {"holds": holds, "holds_at": -float(np.log(gate.alpha)), "broken": broken, "broken_at": float(np.log(gate.m / gate.alpha))}
 
 
-def hits(engine: Engine, lineage: Lineage, wanted: Wanted, detector: Any, labels: list[str]) -> Tensor:
-    """Whether the most probable label is the wanted one, as 0/1 integers (rounds, prompts); `labels` are one round's."""
+def hits(engine: Engine, lineage: Lineage, wanted: Wanted, detector: Any, labels: list[str], rule: Rule = TOP) -> Tensor:
+    """Whether `rule` finds the wanted label, as 0/1 integers (rounds, prompts); `labels` are one round's."""
     scores = engine.scores(lineage, wanted, detector)
-    index = torch.tensor([detector.labels.index(label) for label in labels]).repeat(len(scores) // len(labels))
-    return (scores.argmax(dim=1) == index).int().view(-1, len(labels))
+    index = places(detector, labels).repeat(len(scores) // len(labels))
+    return rule.hits(scores, index).view(-1, len(labels))
+
+
+def places(detector: Any, labels: list[str]) -> Tensor:
+    """Where each label stands among the detector's (n,). Failing that, case is ignored, which is MACE's rule for GCD's labels."""
+    known = {label.casefold(): i for i, label in enumerate(detector.labels)} | {label: i for i, label in enumerate(detector.labels)}
+    if strange := sorted({label for label in labels if not {label, label.casefold()} & set(known)}):
+        raise SpecError(f"the detector cannot see '{strange[0]}'; it knows {len(detector.labels)} labels, such as '{detector.labels[0]}'")
+    return torch.tensor([known.get(label, known.get(label.casefold())) for label in labels])
 
 
 def round_images(asked: Group, rounds: range, seed: int) -> ImageSet:

@@ -8,20 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from harness import pocket
+from harness.detection import _eyes
 from harness.errors import StoreError
 from harness.spec import key, sha256
 
 FOLDERS = {"pocket": pocket.DETECTOR, "pocket-style": pocket.STYLE}
+FILES = ("config.json", "model.safetensors")
+FETCH = (
+    "A classifier folder holds config.json and model.safetensors. For UnlearnCanvas fetch style50.pth (styles) or style50_cls.pth (objects) from the"
+    " classifiers that OPTML-Group/UnlearnCanvas links, for CIFAR-10 a torchvision ResNet-34 checkpoint, write its class names into labels.txt, one a line"
+    " in its order (UnlearnCanvas: theme_available or class_available in evaluation/constants/const.py), and run"
+    " `python -m harness.detection convert unlearncanvas|resnet34 FILE FOLDER --labels labels.txt`"
+)
 
 
 class Detector:
-    """Names what it sees: softmax over `labels`, one of which is the explicit none class.
+    """Names what it sees: softmax over `labels`, one of which may be an explicit none class.
 
     The folder holds `config.json` (architecture, model_args, labels, none, image_size, mean, std) and
     `model.safetensors`. `address` is the digest of both with this class's version.
@@ -31,26 +36,27 @@ class Detector:
 
     def __init__(self, folder: str) -> None:
         path = FOLDERS.get(folder, Path(folder))
-        try:
-            self.config: Mapping[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            weights = load_file(path / "model.safetensors")
-        except OSError as error:
-            raise StoreError(f"no classifier in '{path}': {error}; it needs config.json and model.safetensors") from error
+        if folder in FOLDERS:
+            digests: Mapping[str, str] = {name: sha256(path / name) for name in FILES}
+        else:
+            digests = _eyes.pinned(path, FILES, FETCH)
+        self.config: Mapping[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
         self.labels: tuple[str, ...] = tuple(self.config["labels"])
-        self.none: str = self.config["none"]
-        self.address = key(["classifier", self.version, sha256(path / "config.json"), sha256(path / "model.safetensors")])
+        self.none: str | None = self.config["none"]
+        self.address = key(["classifier", self.version, *digests.values()])
+        self.description = f"classifier {self.config['architecture']} in '{path.name}', {len(self.labels)} labels" + self.config.get("untested", "")
         model = timm.create_model(self.config["architecture"], num_classes=len(self.labels), **self.config["model_args"])
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        self.model = model.eval().requires_grad_(False)
+        try:
+            model.load_state_dict(_eyes.tensors(path / "model.safetensors"))
+        except RuntimeError as error:
+            raise StoreError(f"the weights in '{path}' are not a {self.config['architecture']} of {len(self.labels)} labels: {error}") from error
+        self.device = _eyes.device()
+        self.model = model.eval().requires_grad_(False).to(self.device)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, batch: int = 64) -> Tensor:
         """Probabilities (n, classes) for images (n, 3, h, w) in [0, 1]."""
-        return torch.cat([self._probabilities(chunk) for chunk in images.split(batch)])
+        return _eyes.seen(self._probabilities, images, batch, self.device)
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        size = self.config["image_size"]
-        if images.shape[-1] != size or images.shape[-2] != size:
-            images = interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(self.config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-        return self.model((images - mean) / std).softmax(dim=1)
+        images = _eyes.resized(images, self.config["image_size"], self.config.get("interpolation", "bicubic"))
+        return self.model(_eyes.normalised(images, self.config["mean"], self.config["std"])).softmax(dim=1)

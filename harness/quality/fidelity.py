@@ -1,0 +1,70 @@
+"""FID, sFID and KID of images against a reference, through torch-fidelity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset, prepare_input_from_descriptor
+
+from harness.errors import SpecError, StoreError
+from harness.quality._figure import Figure
+from harness.quality.features import Backbone
+
+SUBSETS, LARGEST = 100, 1000  # KID: how many subsets, and of how many images at most
+SEED = 2020  # of KID's subsets; torch-fidelity's default
+
+
+class Images(Dataset[Tensor]):
+    """uint8 images (n, 3, h, w) one by one."""
+
+    def __init__(self, images: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 2:
+            raise SpecError(f"a quality figure needs at least 2 uint8 images (n, 3, h, w), got {images.dtype} {tuple(images.shape)}")
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def fidelity(images: Tensor, reference: Tensor | Path, says: str, backbone: Backbone, weights: Path | None = None, batch: int = 64) -> list[Figure]:
+    """FID, sFID and KID of uint8 images (n, 3, h, w) against other such images, or those in a folder (square-cropped to the same size).
+
+    `says` names the reference in every figure. `weights` is the folder with Inception's weights; the pocket backbone has its own.
+    FID is biased by the number of images: compare figures of equal counts only.
+    """
+    layers = [backbone.layer, backbone.spatial]
+    cuda = torch.cuda.is_available()
+    path = None if weights is None else str(weights)
+    extractor = create_feature_extractor(backbone.name, layers, cuda=cuda, feature_extractor_weights_path=path, verbose=False)
+    theirs, cut = (Images(reference), "") if isinstance(reference, Tensor) else _folder(reference, images.shape[-1])
+    mine, other = (get_featuresdict_from_dataset(each, extractor, batch, cuda, True, False) for each in (Images(images), theirs))
+
+    def figure(name: str, value: float, layer: str, spread: float | None = None) -> Figure:
+        conditions = (f"{backbone.says}, layer {layer}", mine[layer].shape[1], f"{len(theirs)} images: {says}", len(images), cut + backbone.resize)
+        return Figure(name, value, *conditions, spread)
+
+    found = [figure(name, _frechet(mine[layer], other[layer]), layer) for name, layer in (("FID", layers[0]), ("sFID", layers[1]))]
+    subset = min(LARGEST, len(images), len(theirs))
+    kid = kid_features_to_metric(mine[layers[0]], other[layers[0]], kid_subsets=SUBSETS, kid_subset_size=subset, rng_seed=SEED, verbose=False)
+    return [*found, figure(f"KID ({SUBSETS} subsets of {subset})", kid[KEY_METRIC_KID_MEAN], layers[0], kid[KEY_METRIC_KID_STD])]
+
+
+def _frechet(a: Tensor, b: Tensor) -> float:
+    return float(fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)[KEY_METRIC_FID])
+
+
+def _folder(folder: Path, size: int) -> tuple[Any, str]:
+    """PNG and JPEG files of a folder and its subfolders, the shorter side resized to `size` and the middle cut out."""
+    if not folder.is_dir() or not any(p.suffix.lower() in (".png", ".jpg", ".jpeg") for p in folder.rglob("*")):
+        raise StoreError(f"no PNG or JPEG images in '{folder}'; the reference must be a folder of images")
+    found = prepare_input_from_descriptor({"input": str(folder)}, samples_find_deep=True, samples_resize_and_crop=size, verbose=False)
+    return found, f"reference's shorter side to {size} px and centre crop, then "

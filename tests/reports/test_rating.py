@@ -1,0 +1,157 @@
+"""A sheet shows images without saying whose they are, and answers become a rate, its interval and an agreement."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from scipy.stats import binomtest
+from sklearn.metrics import cohen_kappa_score
+
+from harness.errors import SpecError
+from reports import rating
+from reports.rating import main
+
+RATE = {"k": 1, "n": 40, "value": 0.025, "low": 0.001, "high": 0.1}
+BASE = {"k": 39, "n": 40, "value": 0.975, "low": 0.9, "high": 0.999}
+
+
+def claim(kind: str, **changes: Any) -> dict[str, Any]:
+    """A claim as verdict.json holds it, about Ann."""
+    rows = {"base": [f"images/b{i}.png" for i in range(4)], "unlearned": [f"images/u{i}.png" for i in range(4)]}
+    if kind == "stays-forgotten":
+        rows["lora-in 50"] = [f"images/f{i}.png" for i in range(4)]
+    plain = {"claim": kind, "concept": "Ann", "task": "pocket", "method": "esd", "seeds": {"unlearn": 0}, "images": rows}
+    return {**plain, "rate": RATE, "before": {**RATE, "k": 0}, "base": BASE, **changes}
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """A report with two claims about Ann and one about many."""
+    folder = tmp_path / "out"
+    (folder / "images").mkdir(parents=True)
+    claims = [claim("forgotten"), claim("stays-forgotten"), claim("retained", concept="10 retained concepts", images={"base": ["images/r.png"]})]
+    for at, name in enumerate(sorted({p for c in claims for row in c["images"].values() for p in row})):
+        Image.new("RGB", (8, 8), (at * 10, 0, 99)).save(folder / name)
+    (folder / "verdict.json").write_text(json.dumps({"claims": claims}), encoding="utf-8")
+    return folder
+
+
+def made(report: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """The sheet and its key."""
+    folder = report.parent / "sheet"
+    assert main(["--report", str(report), "--rating-sheet", str(folder), *arguments]) == 0
+    return (folder / "sheet.html").read_text(encoding="utf-8"), json.loads((folder / "key.json").read_text(encoding="utf-8"))
+
+
+def sent(report: Path, key: dict[str, Any], name: str, answers: dict[str, str]) -> str:
+    """A rater's file."""
+    path = report.parent / name
+    path.write_text("\n".join(["sheet,image,answer", *(f"{key['sheet']},{image},{word}" for image, word in answers.items())]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_the_sheet_is_self_contained_and_blind(report: Path) -> None:
+    """Every image is inside; no address outside, no method, row, task or file name, no digest of the key. Two images of the base model are the reference,
+    its others are rated too: 2 + 4 + 4 pictures, each once, although two claims share them.
+    """
+    page, key = made(report)
+    assert not re.search(r"https?://|src=\"(?!data)", page)
+    for word in ("esd", "unlearned", "lora", "pocket", "base model", "images/", "verdict", *(image["sha256"][:8] for image in key["images"].values())):
+        assert word not in page
+    assert page.count("data:image/png;base64,") == 2 + 10
+    groups = [image["group"] for image in key["images"].values()]
+    assert sorted(set(groups)) == ["Ann: base (pocket)", "Ann: lora-in 50 (pocket, esd, seed 0)", "Ann: unlearned (pocket, esd, seed 0)"]
+    assert [groups.count(group) for group in sorted(set(groups))] == [2, 4, 4]
+
+
+def test_the_order_is_shuffled_by_the_seed(report: Path) -> None:
+    """The same seed, the same sheet; another, another order; never the order of the rows."""
+    orders = [[image["group"] for image in made(report, "--seed", seed)[1]["images"].values()] for seed in ("1", "1", "2")]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+    assert orders[0] != sorted(orders[0], reverse=True)
+
+
+def test_answers_become_a_rate_beside_the_detectors(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three raters: most must say yes. Ann is seen in both base images, in one of four after unlearning (two of three), and in none of four after
+    fine-tuning where at most one says yes; the exact interval; the kappa of the library, mean over pairs.
+    """
+    _, key = made(report)
+    capsys.readouterr()
+    by_group: dict[str, list[str]] = {}
+    for name, image in key["images"].items():
+        by_group.setdefault(image["group"], []).append(name)
+    base, tuned, unlearned = (by_group[group] for group in sorted(by_group))
+    raters = [dict.fromkeys(key["images"], "no") | dict.fromkeys(base, "yes") for _ in range(3)]
+    raters[0][unlearned[0]] = raters[1][unlearned[0]] = "yes"
+    raters[0][tuned[0]] = "yes"
+    raters[1][tuned[1]] = raters[2][tuned[1]] = "unsure"
+    files = [sent(report, key, f"{i}.csv", rater) for i, rater in enumerate(raters)]
+    assert main(["--key", str(report.parent / "sheet" / "key.json"), "--ratings", *files]) == 0
+    said = capsys.readouterr().out
+    ci = binomtest(1, 4).proportion_ci(0.95, method="exact")
+    assert f"people    1/4 = 0.250 [{ci.low:.3f}, {ci.high:.3f}], 0 of 12 answers unsure" in said
+    assert "people    0/4 = 0.000" in said
+    assert "2 of 12 answers unsure" in said
+    assert "people    2/2 = 1.000" in said
+    for detected in ("39/40 = 0.975 [0.900, 0.999]", "1/40 = 0.025 [0.001, 0.100]"):
+        assert f"detector  {detected}" in said
+    lists = [[rater[name] for name in sorted(rater)] for rater in raters]
+    kappa = sum(cohen_kappa_score(a, b) for a, b in ((lists[0], lists[1]), (lists[0], lists[2]), (lists[1], lists[2]))) / 3
+    assert f"Cohen's kappa, mean over pairs {kappa:.3f}" in said
+
+
+def test_the_detectors_rate_is_that_of_the_same_model() -> None:
+    """A claim about fine-tuning knows three models: the base, the unlearned one before, and its own."""
+    found, _ = rating.chosen([claim("stays-forgotten")])
+    assert {image.row: rate and rate["k"] for image, rate in found.items()} == {"base": 39, "unlearned": 0, "lora-in 50": 1}
+
+
+@pytest.mark.parametrize(("words", "kappa"), [([("yes", "no"), ("yes", "no")], 1.0), ([("yes", "no"), ("no", "yes")], -1.0), ([("no", "no")] * 2, None)])
+def test_agreement_by_hand(words: list[tuple[str, str]], kappa: float | None) -> None:
+    """Always, never; and unknown where both say one word throughout, since chance would do the same. One rater agrees with nobody."""
+    raters = [dict(zip("ab", pair, strict=True)) for pair in words]
+    assert rating.agreement(raters) == kappa
+    assert rating.agreement(raters[:1]) is None
+
+
+def test_half_is_not_most_and_unsure_is_not_yes() -> None:
+    """Of two raters both must say yes."""
+    assert not rating.seen([{"a": "yes"}, {"a": "no"}], "a")
+    assert not rating.seen([{"a": "yes"}, {"a": "unsure"}], "a")
+    assert rating.seen([{"a": "yes"}, {"a": "yes"}, {"a": "no"}], "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("no\n", "maybe\n", 1), "holds the answer 'maybe'"),
+        (lambda text: text[: text.rindex("\n", 0, -1) + 1], "answers 9 of 10 images"),
+        (lambda text: text + text.splitlines()[-1] + "\n", "11 rows"),
+        (lambda text: re.sub(r"^[0-9a-f]{12},", "aaaaaaaaaaaa,", text, count=1, flags=re.MULTILINE), "answers another sheet"),
+        (lambda text: text.replace("answer", "reply", 1), "not a file that the rating sheet made"),
+        (lambda text: "sheet,image,answer\n", "answers another sheet (none)"),
+    ],
+)
+def test_answers_that_are_not_all_there_are_refused(change: Any, message: str, report: Path) -> None:
+    """A strange word, a missing or doubled image, another sheet, another file: an error and no rate."""
+    _, key = made(report)
+    path = Path(sent(report, key, "a.csv", dict.fromkeys(key["images"], "no")))
+    assert len(rating.answers(path, key)) == 10
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(SpecError, match=re.escape(message)):
+        rating.answers(path, key)
+
+
+def test_a_report_without_images_makes_no_sheet(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing to rate, and no report at all: told, with exit code 2."""
+    (report / "verdict.json").write_text(json.dumps({"claims": [claim("forgotten", images={})]}), encoding="utf-8")
+    assert main(["--report", str(report), "--rating-sheet", str(report / "sheet")]) == 2
+    assert "carry no images" in capsys.readouterr().err
+    assert main(["--report", str(report / "nowhere"), "--rating-sheet", str(report / "sheet")]) == 2
+    assert not (report / "sheet").exists()
