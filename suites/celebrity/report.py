@@ -23,14 +23,14 @@ from suites.celebrity import _recipe
 
 TASK, SEEDS, ROUNDS = "pocket", (0, 1, 2, 3, 4), 8
 METHODS = ("esd", "uce", "dimum")
-STEPS = (50, 200, 400)
-FINETUNES = {"lora-in": SEEDS, "full-in": (0, 1), "lora-out": (0, 1)}  # fine-tune: its replicates
+STEPS = (50, 200)
+FINETUNES = {"lora-in": SEEDS, "full-in": (0,), "lora-out": (0,)}  # fine-tune: its replicates
 ALPHA = 0.05  # each interval is two-sided, exact (Clopper-Pearson)
 
 Row = tuple[str, str | None, int]  # model, fine-tune, steps
 
 
-def rows(lab: Any, never_learned: Path | None) -> dict[Row, list[Lineage]]:
+def rows(lab: Any, never_learned: Path | None, finetunes: list[str]) -> dict[Row, list[Lineage]]:
     """The replicates of every line of the table."""
     found: dict[Row, list[Lineage]] = {("base", None, 0): [lab.base]}
     models = {method: {seed: lab.unlearned(method, seed) for seed in SEEDS} for method in METHODS}
@@ -39,16 +39,16 @@ def rows(lab: Any, never_learned: Path | None) -> dict[Row, list[Lineage]]:
         models["never learned"] = {0: lab.base.then(Candidate.at(str(never_learned)))}
     for model, replicates in models.items():
         found[model, None, 0] = list(replicates.values())
-        for finetune, seeds in FINETUNES.items():
+        for finetune, seeds in ((name, FINETUNES[name]) for name in finetunes):
             for steps in STEPS:
                 found[model, finetune, steps] = [lab.finetuned(replicates[s], finetune, steps, s) for s in seeds if s in replicates]
     return found
 
 
-def run(store: Path, workers: int, never_learned: Path | None) -> dict[str, Any]:
+def run(store: Path, workers: int, never_learned: Path | None, finetunes: list[str]) -> dict[str, Any]:
     """Draw everything, then count."""
     started, lab = time.monotonic(), _recipe.lab_of(TASK, store)
-    table = rows(lab, never_learned)
+    table = rows(lab, never_learned, finetunes)
     groups = {"erased": (lab.task.erased, ROUNDS), "retained": (lab.task.retained, 1)}
     lineages = [lineage for replicates in table.values() for lineage in replicates]
     pictures = [(lineage, wanted) for lineage in lineages for group, rounds in groups.values() for _, wanted in _recipe.asked(lab, group, rounds)]
@@ -104,8 +104,9 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path(".store"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--never-learned", type=Path, default=None)
+    parser.add_argument("--finetune", default=",".join(FINETUNES))
     given = parser.parse_args()
-    result = run(given.store, given.workers, given.never_learned)
+    result = run(given.store, given.workers, given.never_learned, given.finetune.split(","))
     here = Path(__file__).parent
     (here / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (here / "report.md").write_text(markdown(result), encoding="utf-8")
