@@ -1,6 +1,6 @@
 """The front door to models: find one, load it as the family it is, denoise with it.
 
-`source` is `pocket` or `pocket-ddpm` (they ship with the project), a folder, or a hub id with an optional `@revision`.
+`source` is `pocket` (ships with the project), `pocket-ddpm` (its recipe does), a folder, or a hub id with an optional `@revision`.
 A folder is of the Stable Diffusion 1.x / 2.x layout (diffusers') or a class-conditional DDPM (`unet/`, `scheduler/`,
 `classes.json`). Only safetensors are read: other formats can run code when opened.
 """
@@ -67,6 +67,8 @@ def identify(source: str) -> Base:
     folder = SHIPPED.get(source, Path(source))
     if folder.is_dir():
         return Base(digest=folder_digest(folder), source=source)
+    if source in SHIPPED:
+        raise SpecError(f"'{source}' has no weights here yet; make them with the recipe in {folder.parent / 'README.md'}")
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise SpecError(f"no model '{source}': neither 'pocket', nor a folder, nor a hub id such as 'owner/name@revision'")
     path = _download(source)

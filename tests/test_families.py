@@ -493,6 +493,13 @@ def test_a_lora_file_is_refused(tmp_path):
         bring(made(), tmp_path / "lora.safetensors")
 
 
+def test_a_shipped_name_without_weights_says_where_its_recipe_is(monkeypatch, tmp_path):
+    """Not a hub id and not "no such model": the recipe is named."""
+    monkeypatch.setitem(pipeline.SHIPPED, "pocket-ddpm", tmp_path / "ddpm")
+    with pytest.raises(SpecError, match=r"no weights here yet; .*README\.md"):
+        pipeline.identify("pocket-ddpm")
+
+
 def test_a_shipped_name_is_a_folder(monkeypatch, saved):
     """`pocket-ddpm` is found as `pocket` is, in its own place."""
     assert pipeline.SHIPPED["pocket-ddpm"] == pocket.DDPM
