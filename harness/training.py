@@ -125,7 +125,8 @@ class _Phase:
         if self.weigh is not None:
             return _weighed(self.loss(batch), self.moving, self.weigh)
         value: Tensor = self.loss(batch)
-        value.backward()
+        if torch.isfinite(value):
+            value.backward()
         return value
 
     def move(self, clip: float | None) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fixtures import attacks, claims
 from fixtures.lab import Lab, extreme
 from fixtures.options import Cell, Options
+from harness.detection._rule import Rule
 from harness.errors import PreconditionError
 from harness.measurement import Measured
 from harness.spec import BROKEN, HOLDS, INCONCLUSIVE, Base, Claim, ImageSet, Lineage
@@ -92,6 +93,7 @@ class Scene(Lab):
         self.options = options(control=control, **written)
         self.task, self.presets, self.cells, self._memory, self.script = ALTERNATIVE, {}, 10, {}, script
         self.base, self.engine, self.detector = Lineage(Base("d", ""), self.task), NoPictures(), SEES  # type: ignore[assignment]
+        self.rule = Rule()
 
     def _rate(self, lineage: Lineage, asked: Any, gate: Sequential, looked_for: str | None = None) -> Measured:
         k, n = self.script(lineage, (*asked.concepts, looked_for or ""))
@@ -111,7 +113,7 @@ class NoPictures:
 class SEES:
     """A detector that is only named."""
 
-    address, labels = "named", ("x", "y", "p", "none")
+    address, description, labels = "named", "a name", ("x", "y", "p", "none")
 
 
 def options(control: bool = True, **written: str) -> Options:

@@ -174,7 +174,7 @@ def test_shares_lie_strictly_between_0_and_1(option: str, text: str) -> None:
     ("option", "text", "message"),
     [
         ("--profile", "standart", "allowed: full, smoke, standard. Did you mean 'standard'"),
-        ("--method", "edd", "unknown unlearning name 'edd'.*Did you mean 'esd'"),
+        ("--method", "esf", "unknown unlearning name 'esf'.*Did you mean 'esd'"),
         ("--method", "esd,all", "unknown unlearning name 'all'"),
         ("--method", "esd:eta", "cannot read 'esd:eta'"),
         ("--finetune", "loar-in", "unknown finetuning name 'loar'.*Did you mean 'lora'"),

@@ -379,7 +379,7 @@ def on_a_terminal(args: list[str], folder: Path, environ: dict[str, str]) -> str
         (["--method", "ecd"], "Did you mean 'esd'?"),
         (["--method", "esd:eat=3"], "Did you mean 'eta'?"),
         (["--method", "esd:eta=three"], "must be a number"),
-        (["--finetune", "lora-im"], "allowed: in, out"),
+        (["--finetune", "lora-im"], "allowed: far, in, middle, near, out"),
         (["--finetune", "lura-in"], "Did you mean 'lora'?"),
         (["--task", "poket"], "Did you mean 'pocket'?"),
         (["--profile", "standart"], "Did you mean 'standard'?"),

@@ -196,7 +196,9 @@ def other(hint: Any, name: str, value: Any) -> Any:
         return next(option for option in options if option != value)
     if value is None:
         return "other"
-    return not value if isinstance(value, bool) else value + {int: 1, float: 0.5, str: ",other"}[type(value)]
+    if isinstance(value, float):
+        return value / 2 or 0.25  # also of a share: still a share
+    return not value if isinstance(value, bool) else value + {int: 1, str: ",other"}[type(value)]
 
 
 @pytest.mark.parametrize(("kind", "name"), STAGES)

@@ -98,7 +98,7 @@ def edit(c: Tensor, c_star: Tensor, kept: Tensor, a: float, b: float, lam: float
 def solved(system: Tensor, right: Tensor, field: str) -> Tensor:
     """system^-1 right in float64, for a symmetric system (d, d) that the weight `field` makes positive definite."""
     factor, info = torch.linalg.cholesky_ex(system)
-    least = len(system) * torch.finfo(system.dtype).eps * system.diagonal().max()
+    least = len(system) ** 2 * torch.finfo(system.dtype).eps * system.diagonal().max()
     if info != 0 or not factor.diagonal().square().min() > least:  # NaN is above nothing
         raise PreconditionError(f"the linear system is singular or not finite; raise `{field}` (far enough) above 0")
     return torch.cholesky_solve(right, factor)

@@ -271,8 +271,7 @@ def test_numbers_out_of_range_are_refused(field: str, value: float, message: str
 def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in the prediction: an error with step and learning rate."""
     model = small.pipe()
-    predict = model.predict
-    monkeypatch.setattr(model, "predict", lambda x, t, c: predict(x, t, c) * float("nan"))
+    monkeypatch.setattr(model, "predict", lambda x, t, c: x * float("nan"))
     with pytest.raises(PreconditionError, match="nan at step 1 of 3; try a smaller lr"):
         small.after(QUICK, model=model)
 
