@@ -108,6 +108,7 @@ def test_the_inner_copy_is_minimised_and_the_weights_stay(trains: str) -> None:
     assert copied == [set(parameters)] * 3
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the modules that the search through memory touches
 def test_no_second_unet_is_kept() -> None:
     """In and after a bilevel run there is one UNet."""
     model, counts = small.pipe(), set()

@@ -61,6 +61,7 @@ def test_every_key_and_value_moves_and_nothing_else() -> None:
     assert run.state == {}
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")  # the counter's hook: the picture itself needs no gradient
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_step_costs_one_forward_and_one_backward_pass_of_its_images(batch: int) -> None:
     """1F + 1B per image, two concepts, two steps each; refinement, masks and fusion ask the UNet nothing."""
