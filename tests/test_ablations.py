@@ -57,3 +57,10 @@ def test_ablations_run_only_when_they_are_named(written: list[str], some: bool) 
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     files = {line.partition("::")[0].rpartition("/")[2] for line in run.stdout.splitlines() if "::" in line}
     assert files == ({f"{name}.py" for name in MODULES} if some else {"test_celebrity.py"}), run.stdout
+
+
+def test_collecting_the_suites_imports_no_torch() -> None:
+    """The published figures lie beside the claims and cost nothing until they are asked for."""
+    code = "import sys, pytest; code = pytest.main(['suites', '--collect-only', '-q']); sys.exit(code or 2 * ('torch' in sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-500:]
