@@ -12,10 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers.utils.logging import disable_progress_bar as _quiet_diffusers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar as _quiet_transformers
 
 from harness import pocket
 from harness.errors import SpecError, StoreError
@@ -30,8 +28,6 @@ __all__ = [
     "denoise", "family", "folder_digest", "group", "identify", "load",
 ]  # fmt: skip
 
-_quiet_diffusers()
-_quiet_transformers()
 COMPONENTS = StableDiffusion.components
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SHIPPED = {"pocket": pocket.MODEL, "pocket-ddpm": pocket.DDPM}
@@ -120,6 +116,11 @@ def _kind(folder: Path) -> type[StableDiffusion | ClassConditional]:
 
 def load(base: Base) -> Pipe:
     """The model in float32, on the worker's GPU if it has one."""
+    from diffusers.utils.logging import disable_progress_bar as quiet_diffusers  # here: a run that only reads the store need not load it
+    from transformers.utils.logging import disable_progress_bar as quiet_transformers
+
+    quiet_diffusers()
+    quiet_transformers()
     folder = _folder(base.source)
     kind = _kind(folder)
     plain = any(".fp16" not in path.name for path in (folder / "unet").glob("*.safetensors"))

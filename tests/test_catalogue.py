@@ -139,6 +139,16 @@ def test_names_are_known_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_reading_the_store_loads_no_model_library() -> None:
+    """A warm run needs names, addresses and scores: what only draws, trains or sees is loaded when it does."""
+    heavy = "{'diffusers', 'transformers', 'peft', 'timm', 'torchvision', 'scipy.stats'}"
+    make = "import sys, fixtures.claims, fixtures.lab as l, fixtures.stages as s; from harness.detection.classifier import Detector; Detector('pocket')"
+    stages = "[s.unlearning(m, {}) for m in ('esd', 'uce', 'dimum')]; s.finetuning('lora-in', {})"
+    code = f"{make}; {stages}; print(sorted({heavy} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.stdout == "[]\n", ran.stdout + ran.stderr[-500:]
+
+
 # --- making -----------------------------------------------------------------------------------------------------------
 
 

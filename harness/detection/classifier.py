@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor
 
 from harness import pocket
@@ -45,13 +45,21 @@ class Detector:
         self.none: str | None = self.config["none"]
         self.address = key(["classifier", self.version, *digests.values()])
         self.description = f"classifier {self.config['architecture']} in '{path.name}', {len(self.labels)} labels" + self.config.get("untested", "")
+        self.path, self.device = path, _eyes.device()
+        if folder not in FOLDERS:
+            _ = self.model  # somebody's weights are tried before anything is drawn; ours are loaded when there is something to see
+
+    @cached_property
+    def model(self) -> Any:
+        """The network, in evaluation mode; StoreError if the weights are not its own."""
+        import timm  # it brings torchvision along
+
         model = timm.create_model(self.config["architecture"], num_classes=len(self.labels), **self.config["model_args"])
         try:
-            model.load_state_dict(_eyes.tensors(path / "model.safetensors"))
+            model.load_state_dict(_eyes.tensors(self.path / "model.safetensors"))
         except RuntimeError as error:
-            raise StoreError(f"the weights in '{path}' are not a {self.config['architecture']} of {len(self.labels)} labels: {error}") from error
-        self.device = _eyes.device()
-        self.model = model.eval().requires_grad_(False).to(self.device)
+            raise StoreError(f"the weights in '{self.path}' are not a {self.config['architecture']} of {len(self.labels)} labels: {error}") from error
+        return model.eval().requires_grad_(False).to(self.device)
 
     def __call__(self, images: Tensor, batch: int = 64) -> Tensor:
         """Probabilities (n, classes) for images (n, 3, h, w) in [0, 1]."""

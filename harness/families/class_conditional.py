@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
 from harness.errors import StoreError, unknown
 from harness.families.pipe import Pipe, pixels
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 CLASSES = "classes.json"
 
@@ -40,6 +42,8 @@ class ClassConditional(Pipe):
     @classmethod
     def load(cls, folder: Path, source: str, device: torch.device, variant: str | None) -> ClassConditional:
         """The model in a folder, in float32."""
+        from diffusers import DDIMScheduler, UNet2DModel
+
         needed = f"a {cls.layout} is a folder of unet/, scheduler/ and {CLASSES}, the list of its classes in the order of the labels"
         if lacking := [part for part in ("unet", "scheduler", CLASSES) if not (folder / part).exists()]:
             raise StoreError(f"'{source}' has no {lacking[0]}; {needed}")

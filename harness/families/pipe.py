@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Generator, Tensor
 
 from harness.errors import SpecError, StoreError
 from harness.groups import ALIASES, GROUPS, group
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 _SCHEDULE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset", "trained_betas"}
 
@@ -51,6 +53,8 @@ class Pipe(ABC):
 
     def scheduler(self) -> DDIMScheduler:
         """A DDIM scheduler over the model's own noise schedule."""
+        from diffusers import DDIMScheduler
+
         known = {k: v for k, v in self.config.items() if k in _SCHEDULE}
         return DDIMScheduler(**known, clip_sample=self.clips and self.config.get("clip_sample", True), set_alpha_to_one=False)
 

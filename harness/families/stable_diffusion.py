@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextModel
 
 from harness.errors import SpecError, StoreError
 from harness.families.pipe import Pipe, pixels
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 KEPT = 1024  # prompts whose embeddings stay in memory: 240 MB for SD 1.x
 
@@ -32,6 +33,9 @@ class StableDiffusion(Pipe):
     @classmethod
     def load(cls, folder: Path, source: str, device: torch.device, variant: str | None) -> StableDiffusion:
         """The model in a diffusers folder, in float32."""
+        from diffusers import StableDiffusionPipeline
+        from transformers import CLIPTextModel
+
         if lacking := [part for part in (*cls.components, "tokenizer", "scheduler") if not (folder / part).is_dir()]:
             raise StoreError(f"'{source}' has no {lacking[0]}; a diffusers folder of the {cls.layout} layout is needed")
         how = {"dtype": torch.float32, "variant": variant, "use_safetensors": True}  # an fp16 folder would mix dtypes otherwise

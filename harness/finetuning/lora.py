@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from harness.errors import SpecError
@@ -50,6 +48,8 @@ class Finetune:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Train an adapter and leave it in `run.adapter`; the weights themselves stay as they are."""
+        from peft import get_peft_model_state_dict  # here and below, so that a run that only reads the store need not load peft
+
         loss, batch_at = objective(pipe, self.images(task)["train"].prompts, run, self.batch)
         pipe.unet.requires_grad_(False)
         self._inject(pipe, run.adapter)
@@ -63,6 +63,8 @@ class Finetune:
 
     def merged(self, pipe: Pipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights that the adapter's tensors amount to, by their full names."""
+        from peft.tuners.lora import LoraLayer
+
         self._inject(pipe, tensors)
         layers = [(name, m) for name, m in pipe.unet.named_modules() if isinstance(m, LoraLayer)]
         weights = {f"unet.{n}.weight": (m.get_base_layer().weight + m.get_delta_weight(NAME)).detach() for n, m in layers}
@@ -71,6 +73,8 @@ class Finetune:
 
     def _inject(self, pipe: Pipe, tensors: Mapping[str, Tensor]) -> None:
         """Put the adapter in, drawn from the stage's seed or holding `tensors`. peft draws from the global generator."""
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets.split(","))
@@ -85,6 +89,8 @@ class Finetune:
 
 def _remove(pipe: Pipe) -> None:
     """Take every adapter out again and leave the plain layers."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in [(n, m) for n, m in pipe.unet.named_modules() if isinstance(m, LoraLayer)]:
         parent, _, child = name.rpartition(".")
         setattr(pipe.unet.get_submodule(parent), child, module.get_base_layer())

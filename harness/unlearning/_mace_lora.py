@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from harness.pipeline import Pipe
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 def focal(t1: int, t2: int, length: int, gamma: float = 0.05) -> Tensor:
@@ -46,6 +48,8 @@ class Lora:
 
     def __init__(self, pipe: Pipe, rank: int, rng: Generator) -> None:
         self.size = pipe.latent_shape[1:]
+        from diffusers.models.attention_processor import Attention
+
         self.layers = {f"unet.{name}": m for name, m in pipe.unet.named_modules() if isinstance(m, Attention) and name.endswith("attn2")}
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}  # parameter name -> (up, down)
         for name, attn in self.layers.items():
