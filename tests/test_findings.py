@@ -30,7 +30,7 @@ def test_what_all_findings_share() -> None:
 def test_both_arms_can_be_built_and_differ(finding: findings.Finding) -> None:
     """Every method, fine-tune and attack exists with its fields, and the arms are two."""
     task = Task.load(findings.HERE / "celebrity" / f"{COMMON['task']}.toml")
-    assert finding.first != finding.second
+    assert (finding.first == finding.second) == finding.alone
     for arm in (finding.first, finding.second):
         assert stages.unlearning(arm.method, presets("pocket"))
         assert bool(arm.finetune) != bool(arm.attack)
@@ -41,13 +41,15 @@ def test_both_arms_can_be_built_and_differ(finding: findings.Finding) -> None:
 @pytest.mark.parametrize(
     ("direction", "low", "high", "expected"),
     [
-        ("above", 0.11, 0.5, "confirmed"),
-        ("above", 0.05, 0.5, "open"),
-        ("above", -0.1, 0.09, "contradicted"),
-        ("equal", -0.09, 0.09, "confirmed"),
-        ("equal", -0.09, 0.11, "open"),
-        ("equal", 0.11, 0.5, "contradicted"),
-        ("equal", -0.5, -0.11, "contradicted"),
+        ("above", 0.11, 0.5, "reproduced"),
+        ("above", 0.05, 0.5, "undecided"),
+        ("above", -0.09, 0.09, "no effect"),
+        ("above", -0.3, 0.05, "undecided"),
+        ("above", -0.5, -0.11, "opposite"),
+        ("equal", -0.09, 0.09, "reproduced"),
+        ("equal", -0.09, 0.11, "undecided"),
+        ("equal", 0.11, 0.5, "opposite"),
+        ("equal", -0.5, -0.11, "opposite"),
     ],
 )
 def test_the_word_follows_from_the_interval(direction: str, low: float, high: float, expected: str) -> None:
@@ -57,23 +59,23 @@ def test_the_word_follows_from_the_interval(direction: str, low: float, high: fl
 
 def test_the_interval_is_clustered_both_ways() -> None:
     """Five concepts that differ and seeds that do not: only the concepts' spread counts, and images do not shrink it. By hand: mean 0, sd of the
-    concepts' means sqrt(.025), standard error sqrt(.005), t(.95, 4) = 2.1318.
+    concepts' means sqrt(.025), standard error sqrt(.005), t(.975, 4) = 2.7764.
     """
     table = np.tile([-0.2, -0.1, 0.0, 0.1, 0.2], (9, 1))
-    half = 2.131847 * 0.005**0.5
+    half = 2.776445 * 0.005**0.5
     assert findings.interval(table, 0.05) == pytest.approx((0, -half, half), abs=1e-6)
     assert findings.interval(table.T, 0.05) == pytest.approx((0, -half, half), abs=1e-6)
 
 
 def test_intervals_cover() -> None:
-    """With effects of seeds and of concepts, a two-sided error of 10 % is not exceeded: 400 tables."""
+    """With effects of seeds and of concepts, a two-sided error of 5 % is not exceeded: 2000 tables."""
     rng = np.random.default_rng(0)
     missed = 0
-    for _ in range(400):
+    for _ in range(2000):
         table = rng.normal(0, 0.1, (5, 1)) + rng.normal(0, 0.1, (1, 5)) + rng.normal(0, 0.05, (5, 5))
         _, low, high = findings.interval(table, 0.05)
         missed += not low <= 0 <= high
-    assert 0 < missed / 400 <= 0.10
+    assert 0 < missed / 2000 <= 0.05
 
 
 @pytest.mark.parametrize(
@@ -90,3 +92,14 @@ def test_a_finding_that_cannot_be_decided_is_refused(wrong: str, message: str, t
         findings.read(tmp_path / "f.toml")
     with pytest.raises(SpecError, match="at least 5 seeds and 5 concepts"):
         findings.interval(np.zeros((5, 4)), 0.05)
+
+
+def test_alone_means_a_model_for_each_concept(tmp_path: Path) -> None:
+    """The second arm's models erased one concept each, the one that is looked for; the first arm's model erased all."""
+    lab = findings._recipe.lab_of("pocket", tmp_path)
+    (finding,) = [f for f in FINDINGS if f.alone]
+    together, apart = (findings._models(lab, finding.first, lab.task.erased, 3, alone) for alone in (False, True))
+    assert len({model.key for model in together.values()}) == 1
+    assert {name: model.task.erased.concepts for name, model in apart.items()} == {name: (name,) for name in lab.task.erased.concepts}
+    assert len({model.key for model in apart.values()}) == len(lab.task.erased.concepts)
+    assert all(stage.seed == 3 for model in apart.values() for stage in model.stages)
