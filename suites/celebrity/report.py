@@ -3,15 +3,15 @@
     python -m suites.celebrity.report [--store DIR] [--workers N] [--never-learned MODEL_FOLDER]
 
 Every method of the standard profile is unlearned with five seeds and fine-tuned with the same seed; each person is asked
-for with 8 images of each of the five prompts per seed, 200 images in all. `--never-learned` adds the control model of
-`python -m harness.pocket.train --without report`, which never saw these people. Writes `report.json` and `report.md`.
+for with 8 images of each of the five prompts per seed, 200 images in all, and so are models that there is one of. ESD is
+the task's fragile control. `--never-learned` adds the control model of `python -m harness.pocket.train --without report`,
+which never saw these people. Writes `report.json` and `report.md`. Finished work is kept in the store.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from suites.celebrity import _recipe
 
 TASK, SEEDS, ROUNDS = "pocket", (0, 1, 2, 3, 4), 8
 METHODS = ("esd", "uce", "dimum")
-STEPS = (50, 200)
-FINETUNES = {"lora-in": SEEDS, "full-in": (0,), "lora-out": (0,)}  # fine-tune: its replicates
+STEPS = (50, 200, 400)
+FINETUNES = ("lora-in", "full-in", "lora-out")
 ALPHA = 0.05  # each interval is two-sided, exact (Clopper-Pearson)
 
 Row = tuple[str, str | None, int]  # model, fine-tune, steps
@@ -39,23 +39,26 @@ def rows(lab: Any, never_learned: Path | None, finetunes: list[str]) -> dict[Row
         models["never learned"] = {0: lab.base.then(Candidate.at(str(never_learned)))}
     for model, replicates in models.items():
         found[model, None, 0] = list(replicates.values())
-        for finetune, seeds in ((name, FINETUNES[name]) for name in finetunes):
+        for finetune in finetunes:
             for steps in STEPS:
-                found[model, finetune, steps] = [lab.finetuned(replicates[s], finetune, steps, s) for s in seeds if s in replicates]
+                found[model, finetune, steps] = [lab.finetuned(lineage, finetune, steps, seed) for seed, lineage in replicates.items()]
     return found
 
 
 def run(store: Path, workers: int, never_learned: Path | None, finetunes: list[str]) -> dict[str, Any]:
     """Draw everything, then count."""
-    started, lab = time.monotonic(), _recipe.lab_of(TASK, store)
+    lab = _recipe.lab_of(TASK, store)
     table = rows(lab, never_learned, finetunes)
     groups = {"erased": (lab.task.erased, ROUNDS), "retained": (lab.task.retained, 1)}
-    lineages = [lineage for replicates in table.values() for lineage in replicates]
-    pictures = [(lineage, wanted) for lineage in lineages for group, rounds in groups.values() for _, wanted in _recipe.asked(lab, group, rounds)]
-    _recipe.fill(TASK, store, lineages, pictures, workers)
-    lines = []
+    pictures, lines = [], []
+    for replicates in table.values():
+        times = len(SEEDS) // len(replicates)  # so that every line stands on as many images
+        wanted = [what for group, rounds in groups.values() for _, what in _recipe.asked(lab, group, rounds * times)]
+        pictures += [(lineage, what) for lineage in replicates for what in wanted]
+    _recipe.fill(TASK, store, [lineage for lineage, _ in pictures], pictures, workers)
     for (model, finetune, steps), replicates in table.items():
-        seen = {name: [_recipe.counts(lab, lineage, *what) for lineage in replicates] for name, what in groups.items()}
+        times = len(SEEDS) // len(replicates)
+        seen = {name: [_recipe.counts(lab, lineage, group, rounds * times) for lineage in replicates] for name, (group, rounds) in groups.items()}
         line = {"model": model, "finetune": finetune, "steps": steps, "replicates": len(replicates)}
         lines.append(line | {name: {c: pooled([each[c] for each in counted]) for c in counted[0]} for name, counted in seen.items()})
     return {
@@ -63,7 +66,6 @@ def run(store: Path, workers: int, never_learned: Path | None, finetunes: list[s
         "seeds": SEEDS,
         "prompts": lab.task.erased.prompts,
         "interval": f"Clopper-Pearson, two-sided, {1 - ALPHA:.0%}",
-        "minutes": round((time.monotonic() - started) / 60, 1),
         "versions": _recipe.provenance(),
         "digests": {"model": lab.base.base.digest, "card": sha256(pocket.CARD), "detector": lab.detector.address},
         "lines": lines,
