@@ -32,6 +32,7 @@ class Row:
     method: str
     concepts: int
     steps: tuple[int, ...]  # the fixed snapshots
+    base: Numbers | None  # the least drawn concept before unlearning
     forgot: float | None  # mean over the concepts right after unlearning
     forgot_worst: Extreme | None
     retained: Extreme | None
@@ -102,6 +103,7 @@ def _row(name: str, cells: list[Claim]) -> Row:
         method=name,
         concepts=len({c.concept for c in forgot + back}),
         steps=steps,
+        base=min((c.base for c in forgot + back if c.base), key=lambda rate: rate["value"], default=None),
         forgot=_mean(forgot),
         forgot_worst=extreme(forgot),
         retained=extreme(kept),

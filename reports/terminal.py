@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.spec import Claim
+from harness.spec import Claim, Numbers
 from reports import table, words
 from reports.verdict import Exit, Report
 
@@ -19,7 +19,8 @@ def summary(report: Report, page: str = "report.html") -> list[str]:
     cells = _many(report.claims, page) if many else _few(report.claims)
     code = report.exit_code
     lines = [f"! {words.clean(notice)}" for notice in report.notices]
-    lines += [*cells, f"{words.TITLES[code].upper()} (exit code {int(code)}): {words.clean(words.finding(report))}"]
+    lines += [*cells, *_side_by_side(report.claims)]
+    lines += [f"{words.TITLES[code].upper()} (exit code {int(code)}): {words.clean(words.finding(report))}"]
     lines += _capped("why not a gate", report.deviations, page) + _capped("no verdict came from", report.missing, page)
     lines += [f"claims: {words.tally(report)}"] + ([f"measured: {words.clean(report.scope)}"] if report.scope else [])
     return [*lines, f"next: {words.advice(report)}"]
@@ -58,6 +59,27 @@ def _many(claims: Sequence[Claim], page: str) -> list[str]:
         lines += _pair("retained", None, row.retained)
     bad = table.failing(claims)
     return [*lines, "", *_capped("what does not hold", [_cell(c) for c in bad], page), ""]
+
+
+def _side_by_side(claims: Sequence[Claim]) -> list[str]:
+    """Where several were compared: one line per recipe, the worst concept of each column with the bounds of that worst."""
+    rows = table.rows(claims)
+    if len(rows) < 2:
+        return []
+    head = ("worst concept [bounds]", "base", "after unlearning", "retained", "after fine-tuning")
+    cells = [head] + [
+        (words.clean(row.method), *(_bounded(each) for each in (row.base, _rate(row.forgot_worst), _rate(row.retained), _rate(row.back_worst)))) for row in rows
+    ]
+    widths = [max(len(line[at]) for line in cells) for at in range(len(head))]
+    return [*("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells), ""]
+
+
+def _rate(worst: table.Extreme | None) -> Numbers | None:
+    return worst.rate if worst else None
+
+
+def _bounded(rate: Numbers | None) -> str:
+    return words.share(rate).split(" = ")[-1] if rate else "-"
 
 
 def _pair(when: str, mean: float | None, worst: table.Extreme | None) -> list[str]:

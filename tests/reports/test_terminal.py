@@ -110,6 +110,21 @@ def test_many_cells_are_summed_up() -> None:
     assert len(lines) < 30
 
 
+def test_recipes_stand_side_by_side() -> None:
+    """Where several were compared, each has one line: base, after unlearning, retained, after fine-tuning, each with its interval; one alone has none."""
+    one = (forgotten(), resurged(), retained())
+    other = tuple(cell(method="uce", rate=rate(k, 100)) for cell, k in ((forgotten, 1), (claim, 2), (retained, 90)))
+    lines = summary(Report(one + other))
+    at = next(i for i, line in enumerate(lines) if line.startswith("worst concept [bounds]"))
+    assert lines[at].split("  ")[0] == "worst concept [bounds]"
+    assert [" ".join(line.split()) for line in lines[at + 1 : at + 4]] == [
+        "esd, then in-domain 1.00 [.90, 1.00] .00 [.00, .10] .95 [.85, 1.00] .60 [.50, .70]",
+        "uce, then in-domain 1.00 [.90, 1.00] .01 [.00, .11] .90 [.80, 1.00] .02 [.00, .13]",
+        "",
+    ]
+    assert not any(line.startswith("worst concept") for line in summary(Report(one)))
+
+
 @settings(deadline=None, max_examples=60)
 @given(NAMES)
 def test_no_name_steers_the_terminal(name: str) -> None:
