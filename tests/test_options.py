@@ -107,6 +107,7 @@ def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
         control=False,
         attacks=("dimra-auxiliary", "malicious-one:source=base"),
         attack_steps=(10, 30),
+        incidental=True,
     )
 
 
@@ -206,18 +207,26 @@ def test_a_candidate_is_its_own_method(tmp_path: Path) -> None:
         ("standard", {"instruments": 3, "forgotten": 3 * 3, "retained": 3 * (1 + 2), "stays-forgotten": 3 * 2 * 3}),
         (
             "full",
-            {"instruments": 3, "forgotten": 3 * 3 * 3, "retained": 3 * 3 * (1 + 9), "stays-forgotten": 3 * 3 * 9 * 3, "withstands-dimra": 3 * 3 * 2 * 3},
+            {
+                "instruments": 3,
+                "forgotten": 3 * 3 * 3,
+                "retained": 3 * 3 * (1 + 9),
+                "stays-forgotten": 3 * 3 * 9 * 3,
+                "stays-out": 3 * 3 * 9 * 3,
+                "withstands-dimra": 3 * 3 * 2 * 3,
+            },
         ),
     ],
 )
 def test_the_cells_of_each_profile_by_hand(profile: str, counts: dict[str, int]) -> None:
     """Three people, three methods. smoke: two people, one fine-tune at one step. standard: one fine-tune at two steps. full: three replicates of
     three fine-tunes at three steps. Instruments once a person; forgotten once a model and person; retained once a snapshot, the unlearned one
-    included; stays-forgotten once a fine-tuned snapshot and person; full also asks for two DiMRA attacks, once a model, attack and person.
+    included; stays-forgotten once a fine-tuned snapshot and person; full also asks as often whether they appear unasked, and for two
+    DiMRA attacks, once a model, attack and person.
     """
     found = cells("--profile", profile)
     assert Counter(cell.claim for cell in found) == counts
-    assert len(found) == sum(counts.values()) == {"smoke": 20, "standard": 39, "full": 417}[profile]
+    assert len(found) == sum(counts.values()) == {"smoke": 20, "standard": 39, "full": 660}[profile]
 
 
 @settings(max_examples=25, deadline=None)

@@ -33,6 +33,12 @@ def test_the_person_stays_forgotten_after_fine_tuning(claim: Claim) -> None:
     assert claim.verdict == HOLDS, str(claim)
 
 
+@pytest.mark.claim("stays-out")
+def test_the_person_does_not_appear_unasked(claim: Claim) -> None:
+    """{method}, after {steps} steps of {finetune}: on prompts that do not name {concept} its rate rises by less than {tau}."""
+    assert claim.verdict == HOLDS, str(claim)
+
+
 @pytest.mark.claim("withstands-dimra")
 def test_the_person_stays_forgotten_under_dimra(claim: Claim) -> None:
     """{method}, on the whole grid of {attack} ({grid} steps): the largest rate of {concept} stays below {tau}."""
