@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from harness.spec import Claim
 from reports import curve, table, words
+from reports.ranking import ranking
 from reports.verdict import Report
 
 OPEN = 3  # sections unfolded at first
@@ -64,6 +65,7 @@ def page(report: Report, pictures: Mapping[str, str]) -> str:
         title=words.TITLES[report.exit_code],
         colour=words.TITLES[report.exit_code].split()[0].lower(),  # a CSS class: holds, broken, ..., not
         rows=table.rows(report.claims),
+        ranking=ranking(report.claims),
         sections=found,
         unfolded=[id(s) in first for s in found],
         failing=table.failing(report.claims),

@@ -19,7 +19,8 @@ ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  
 def properties(claim: Claim) -> list[tuple[str, str]]:
     """Names and values of a claim. What was not measured is left out, so that no reader takes it for zero."""
     pairs = [(name, getattr(claim, name)) for name in PLAIN + NUMBERS]
-    for prefix, numbers in (("", claim.rate), ("before.", claim.before), ("base.", claim.base), ("log_e.", claim.evidence), ("seed.", claim.seeds)):
+    rates = (("", claim.rate), ("before.", claim.before), ("base.", claim.base))
+    for prefix, numbers in (*rates, ("log_e.", claim.evidence), ("seed.", claim.seeds), ("diagnosis.", claim.diagnosis)):
         pairs += [(prefix + name, value) for name, value in (numbers or {}).items()]
     return [(legal(name), legal(str(value))) for name, value in pairs if value is not None]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from harness.spec import Claim, Numbers
 from reports import table, words
+from reports.ranking import ranking
 from reports.verdict import Exit, Report
 
 MANY = 150  # claims; from here on, two lines per recipe instead of one per claim
@@ -20,6 +21,7 @@ def summary(report: Report, page: str = "report.html") -> list[str]:
     code = report.exit_code
     lines = [f"! {words.clean(notice)}" for notice in report.notices]
     lines += [*cells, *_side_by_side(report.claims)]
+    lines += [words.clean(said), ""] if (said := ranking(report.claims)) else []
     lines += [f"{words.TITLES[code].upper()} (exit code {int(code)}): {words.clean(words.finding(report))}"]
     lines += _capped("why not a gate", report.deviations, page) + _capped("no verdict came from", report.missing, page)
     lines += [f"claims: {words.tally(report)}"] + ([f"measured: {words.clean(report.scope)}"] if report.scope else [])

@@ -99,6 +99,15 @@ def after(claim: Claim) -> str:
     return f"after {_plural(claim.steps, 'step')}" if claim.steps else "after unlearning"
 
 
+def diagnosed(claim: Claim) -> str:
+    """What the gradients said before the fine-tune, beside what was measured after it."""
+    numbers = dict(claim.diagnosis)
+    predicted = f"{short(numbers['predicted'])} of the gap predicted to close" if "predicted" in numbers else "no gap in the loss to close"
+    parts = [f"{name.removeprefix('carried by ')} {short(value)}" for name, value in numbers.items() if name.startswith("carried by ")]
+    aligned = f"{short(numbers['alignment'])} [{short(numbers['alignment_low'])}, {short(numbers['alignment_high'])}]"
+    return f"{predicted}, rate rose by {short(numbers['measured'])}; alignment {aligned}; carried by {', '.join(parts)}"
+
+
 def listed(names: Iterable[str], most: int = 3) -> str:
     """`Ada, Alan and 4 more`."""
     unique = list(dict.fromkeys(names))

@@ -90,7 +90,7 @@ def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
     """Each option reaches its field; spaces after commas do not matter, steps are sorted."""
     written = ["--model", "owner/name@1", "--method", "uce, esd:eta=3", "--finetune", "full-in, lora-out:rank=2", "--steps", "200, 10", "--task", "t"]
     written += ["--profile", "full", "--tau", "0.2", "--alpha", ".01", "--seeds", "2", "--store", str(tmp_path), "--report", "r", "--no-control"]
-    written += ["--attack", "dimra-auxiliary, malicious-one:source=base", "--attack-steps", "30,10"]
+    written += ["--attack", "dimra-auxiliary, malicious-one:source=base", "--attack-steps", "30,10", "--diagnose"]
     assert parsed(*written) == Options(
         model="owner/name@1",
         candidate=None,
@@ -108,6 +108,7 @@ def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
         attacks=("dimra-auxiliary", "malicious-one:source=base"),
         attack_steps=(10, 30),
         incidental=True,
+        diagnose=True,
     )
 
 

@@ -13,20 +13,29 @@ from harness.data import Captioned
 from harness.errors import SpecError
 from harness.pipeline import Pipe
 
+PARTS = tuple(f"{block} {kind}" for block in ("down", "mid", "up", "other") for kind in ("self-attention", "cross-attention", "other"))
+BLOCKS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
+KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}
+
 
 @dataclass(frozen=True)
 class Overlap:
     """What the gradients at the unlearned weights say. `alignment`, `overlap` and `chance` have no unit; `predicted` is one number a step count.
 
-    alignment: cosine of the mean gradients; above 0, a step of fine-tuning lowers the concept's loss: it relearns.
+    alignment: cosine of the mean gradients; above 0, a step of fine-tuning lowers the concept's loss: it relearns. `low` and `high` are the
+    ends of its 95 % bootstrap interval over the gradients drawn (of the sketches).
     overlap: mean squared cosine of the principal angles of the two gradient subspaces, in [0, 1]; `chance` is its level for random ones.
     predicted: RS(k), the share of the erasure's gap that k fine-tuning steps close, to first order in the forget loss.
+    carried: the share of <g_f, g_t> in each of PARTS; they sum to 1, and a part that works against relearning is below 0.
     """
 
     alignment: float
+    low: float
+    high: float
     overlap: float
     chance: float
     predicted: dict[int, float]
+    carried: dict[str, float]
 
 
 def gradients(pipe: Pipe, data: Captioned, names: str, count: int, batch: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
@@ -59,6 +68,33 @@ def subspace(rows: Tensor, energy: float = 0.95) -> Tensor:
     _, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
     held = s.square().cumsum(0) / s.square().sum()
     return v[: int((held < energy - 1e-12).sum()) + 1].T
+
+
+def part(name: str) -> str:
+    """Which of PARTS a parameter such as `unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight` belongs to."""
+    words = name.split(".")
+    block, kind = ([table[word] for word in words if word in table] for table in (BLOCKS, KINDS))
+    return f"{(block or ['other'])[0]} {(kind or ['other'])[0]}"
+
+
+def carried(names: Sequence[str], sizes: Sequence[int], g_f: Tensor, g_t: Tensor) -> dict[str, float]:
+    """The share of <g_f, g_t> that each of PARTS contributes; gradients (d,) of parameters with these names and sizes, in this order."""
+    shares = dict.fromkeys(PARTS, 0.0)
+    for name, product in zip(names, (g_f * g_t).split(list(sizes)), strict=True):
+        shares[part(name)] += float(product.sum())
+    total = sum(shares.values()) or math.inf
+    return {name: share / total for name, share in shares.items()}
+
+
+def bootstrap(f: Tensor, t: Tensor, seed: int = 0, draws: int = 1000, alpha: float = 0.05) -> tuple[float, float]:
+    """Percentile interval of the cosine of the mean rows of two samples (n, d) and (m, d), each drawn again with replacement."""
+    rng, means = Generator().manual_seed(seed), []
+    for rows in (f, t):
+        weights = torch.stack([torch.bincount(torch.randint(len(rows), (len(rows),), generator=rng), minlength=len(rows)) for _ in range(draws)])
+        means.append(weights.to(rows) @ rows / len(rows))
+    cosines = torch.nn.functional.cosine_similarity(*means, dim=1)
+    low, high = cosines.quantile(torch.tensor([alpha / 2, 1 - alpha / 2], dtype=cosines.dtype)).tolist()
+    return low, high
 
 
 def overlap(one: Tensor, two: Tensor) -> tuple[float, float]:
@@ -114,4 +150,6 @@ def diagnose(
     fisher = t.square().sum(1).mean(0, keepdim=True) / len(mean_t)
     found = {k: resurgence(mean_f, mean_t, fisher, lr, k, gap) for k in grid}
     cosine = float(mean_f @ mean_t / (mean_f.norm() * mean_t.norm()).clamp(min=math.ulp(0)))
-    return Overlap(cosine, share, chance, found)
+    moving = pipe.parameters(names)
+    parts = carried(list(moving), [p.numel() for p in moving.values()], mean_f, mean_t)
+    return Overlap(cosine, *bootstrap(f, t), share, chance, found, parts)

@@ -114,6 +114,28 @@ def test_what_cannot_be_diagnosed_is_refused(wrong: object, message: str) -> Non
         wrong()  # type: ignore[operator]
 
 
+# --- how sure, and where ----------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_the_alignment_covers_the_truth() -> None:
+    """Gradients with noise around two means at 60 degrees: of 100 intervals, about 95 hold the cosine .5; and they narrow with the count."""
+    one, two = torch.zeros(2, 20, dtype=torch.float64)
+    one[0], two[0], two[1] = 4.0, 2.0, 12**0.5
+    found = [diagnosis.bootstrap(one + rows(64, 20, seed=2 * i), two + rows(64, 20, seed=2 * i + 1)) for i in range(100)]
+    assert 85 <= sum(low <= 0.5 <= high for low, high in found) <= 100
+    few = diagnosis.bootstrap(one + rows(8, 20), two + rows(8, 20, seed=1))
+    assert few[1] - few[0] > 1.5 * (found[0][1] - found[0][0])
+
+
+def test_what_carried_it_sums_to_one() -> None:
+    """Each parameter's product goes to its block and kind; a part that points away counts below 0."""
+    names = ["unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight", "unet.mid_block.resnets.0.conv1.weight", "unet.conv_in.weight"]
+    found = diagnosis.carried(names, [2, 1, 1], torch.tensor([1.0, 2, -1, 3]), torch.tensor([1.0, 2, 2, 1]))
+    assert {name: share for name, share in found.items() if share} == pytest.approx({"up cross-attention": 5 / 6, "mid other": -2 / 6, "other other": 3 / 6})
+    assert list(found) == list(diagnosis.PARTS)
+    assert set(diagnosis.carried(names, [2, 1, 1], torch.zeros(4), torch.ones(4)).values()) == {0.0}
+
+
 # --- on a model -------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +148,9 @@ def test_a_set_is_aligned_with_itself() -> None:
     assert (found.alignment, found.overlap) == pytest.approx((1, 1), abs=1e-5)
     assert 0 < found.predicted[1] < found.predicted[10]
     assert found.chance <= 4 / 256
+    assert found.low <= found.high <= 1 + 1e-6
+    assert sum(found.carried.values()) == pytest.approx(1, abs=1e-5)
+    assert {name.split()[1] for name, share in found.carried.items() if share} == {"cross-attention"}  # of the group x
     assert small.same(small.weights(model), before)
 
 
