@@ -72,8 +72,7 @@ class Engine:
 
     def _snapshot(self, lineage: Lineage) -> int:
         """Steps of the longest shorter snapshot of the same trajectory, 0 if there is none."""
-        folder = self.folder(lineage)
-        found = [int(p.name.rpartition("-")[2]) for p in folder.parent.glob(f"{lineage.trajectory}-*") if self.store.has(p)]
+        found = [int(address.rpartition("-")[2]) for address in self.store.addresses(jobs.CHECKPOINTS, f"{lineage.trajectory}-")]
         return max((steps for steps in found if 0 < steps < lineage.steps), default=0)
 
     def _run_last_stage(self, lineage: Lineage, images: Mapping[str, Tensor]) -> None:
@@ -163,6 +162,7 @@ class Engine:
 
         if not self.store.has(folder):
             self.store.publish(folder, write)
+        self.store.read(folder)
         return tuple(str(path) for path in sorted(folder.glob("*.png")))
 
     def _publish(self, folder: Path, record: Mapping[str, Any], **files: Mapping[str, Tensor]) -> None:
