@@ -1,6 +1,8 @@
 """What the harness does outside of pytest.
 
 python -m harness store ls|verify|gc --store DIR    what a store holds, whether it is sound, what can go
+python -m harness run FILE ... --store DIR          do single stages, from files that pytest --plan --jobs wrote
+python -m harness ray FOLDER --store URL            do all of them on a Ray cluster
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from harness import inventory
+from harness import cluster, inventory, jobfiles
 from harness.errors import ResurgenceError
 
 COMMANDS = {
     "store": (inventory, "what a store holds, whether it is sound, what can go"),
+    "run": (jobfiles, "do single stages, from files that pytest --plan --jobs wrote"),
+    "ray": (cluster, "do all of them on a Ray cluster"),
 }
 
 

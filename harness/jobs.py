@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import catalogue, pipeline
+from harness import catalogue
 from harness.errors import ResurgenceError
 from harness.spec import ImageSet, Lineage, Sampler, key
 
@@ -55,6 +55,8 @@ def root(lineage: Lineage) -> Lineage:
 
 def needed(lineage: Lineage) -> list[tuple[str, Wanted]]:
     """The image sets that the last stage, which must fit the model's family, wants from the base model."""
+    from harness import pipeline  # which takes torch
+
     stage = lineage.stages[-1]
     catalogue.fits(stage, pipeline.family(lineage.base))
     return [(name, (chosen, lineage.task.sampler)) for name, chosen in stage.images(lineage.task.view(stage.reads)).items()]
