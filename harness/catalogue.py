@@ -104,6 +104,15 @@ def fits(stage: Any, family: str) -> None:
     raise SpecError(f"'{name}' runs on {runs} models and this one is {family}; {kind} that runs on it: {', '.join(others) or 'none'}")
 
 
+def passes(stage: Any, task: Any, steps: int) -> int:
+    """UNet passes of so many steps of a stage (a batch of 8 is 8), as its own `passes` says; else one an image of each batch.
+
+    `task` is what the stage sees. What happens once, before the steps, is counted too.
+    """
+    own = getattr(stage, "passes", None)
+    return int(own(task, steps)) if own else steps * getattr(stage, "batch", 0)
+
+
 def fields(stage: Any) -> dict[str, Any]:
     """A stage's fields, for reports."""
     return {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}

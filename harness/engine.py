@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +14,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import catalogue, pipeline, sampling
-from harness.errors import PreconditionError, ResurgenceError, StoreError
+from harness import execution, jobs, sampling
+from harness.errors import PreconditionError, ResurgenceError
+from harness.execution import Memory, Snapshot
+from harness.jobs import Job, Wanted
 from harness.pipeline import Pipe
-from harness.spec import Base, ImageSet, Lineage, Sampler, Stage, key
+from harness.spec import Lineage, key
 from harness.store import Store
-from harness.training import Run
 
+__all__ = ["Engine", "Wanted"]
 Progress = Callable[[str], None]
-Wanted = tuple[ImageSet, Sampler]  # which images, drawn how
-
-
-@dataclass(frozen=True)
-class Job:
-    """One artefact that can be made on its own once what it needs is there."""
-
-    folder: Path
-    lease: str
-    needs: tuple[Path, ...]
-    make: Callable[[], object]
 
 
 class Engine:
-    """Makes and reads artefacts with one model in memory. `counts` says what it cost: passes, images, cache hits."""
+    """Makes and reads artefacts with one model in memory. `counts` says what it cost: images and cache hits."""
 
     def __init__(self, store: Store, progress: Progress = lambda line: None) -> None:
         self.store = store
         self.progress = progress
         self.counts: Counter[str] = Counter()
-        self._pipes: dict[Base, Pipe] = {}
-        self._loaded: str | None = None
+        self._memory = Memory()
         self._asked: set[Path] = set()
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def folder(self, lineage: Lineage) -> Path:
         """Where a lineage's checkpoint is or will be; snapshots of one trajectory are siblings."""
-        return self.store.folder("checkpoints", f"{lineage.trajectory}-{lineage.steps}")
+        return self.store.folder(*Job(lineage).place)
 
     def checkpoint(self, lineage: Lineage) -> Path:
         """Make sure that the weights of `lineage` are in the store."""
@@ -61,7 +50,7 @@ class Engine:
         if self._hit(folder):
             return folder
         self.checkpoint(lineage.parent)
-        sets = {name: self.images(self._root(lineage), chosen) for name, chosen in self._needed(lineage)}
+        sets = {name: self.images(jobs.root(lineage), chosen) for name, chosen in jobs.needed(lineage)}
         with self.store.lease(lineage.trajectory):
             if not self.store.has(folder):
                 self._run_last_stage(lineage, {name: self.read_images(path) for name, path in sets.items()})
@@ -71,96 +60,40 @@ class Engine:
         """The model with the weights of `lineage`; the one it held before is gone."""
         if lineage.stages:
             self.checkpoint(lineage)
-        pipe = self._base(lineage.base)
-        if self._loaded != lineage.key:
-            self._loaded = None
-            pipe.reset()
-            for depth in range(1, len(lineage.stages) + 1):
-                part = Lineage(lineage.base, lineage.task, lineage.stages[:depth])
-                self._apply(pipe, part.stages[-1], self._tensors(self.folder(part)))
-            self._loaded = lineage.key
-        return pipe
-
-    def _base(self, base: Base) -> Pipe:
-        if base not in self._pipes:
-            self._forget()
-            self._pipes[base] = pipeline.load(base)
-        return self._pipes[base]
-
-    def _forget(self) -> None:
-        """Drop the model in memory."""
-        self.counts["unet_passes"] = self.cost()["unet_passes"]
-        self._pipes.clear()
-        self._loaded = None
+        return self._memory.load(lineage, lambda part: self._tensors(self.folder(part)))
 
     def cost(self) -> dict[str, int]:
         """What this process has done so far."""
-        passes = self.counts["unet_passes"] + sum(pipe.passes for pipe in self._pipes.values())
-        return {"unet_passes": passes, "images": self.counts["images"], "cache_hits": self.counts["cache_hits"]}
+        return {"unet_passes": self._memory.passes, "images": self.counts["images"], "cache_hits": self.counts["cache_hits"]}
 
     def _tensors(self, folder: Path, file: str = "weights.safetensors") -> dict[str, Tensor]:
         self.store.read(folder)
         return load_file(folder / file)
 
-    @staticmethod
-    def _apply(pipe: Pipe, stage: Stage, tensors: Mapping[str, Tensor]) -> None:
-        merged = getattr(stage, "merged", None)  # an adapter stage turns its tensors into weights
-        pipe.apply(merged(pipe, tensors) if merged else tensors)
-
-    def _root(self, lineage: Lineage) -> Lineage:
-        return Lineage(lineage.base, lineage.task)
-
-    def _needed(self, lineage: Lineage) -> list[tuple[str, Wanted]]:
-        """The image sets that the last stage, which must fit the model's family, wants from the base model."""
-        stage = lineage.stages[-1]
-        catalogue.fits(stage, pipeline.family(lineage.base))
-        return [(name, (chosen, lineage.task.sampler)) for name, chosen in stage.images(lineage.task.view(stage.reads)).items()]
-
     def _snapshot(self, lineage: Lineage) -> int:
         """Steps of the longest shorter snapshot of the same trajectory, 0 if there is none."""
-        folder = self.folder(lineage)
-        found = [int(p.name.rpartition("-")[2]) for p in folder.parent.glob(f"{lineage.trajectory}-*") if self.store.has(p)]
+        found = [int(address.rpartition("-")[2]) for address in self.store.addresses(jobs.CHECKPOINTS, f"{lineage.trajectory}-")]
         return max((steps for steps in found if 0 < steps < lineage.steps), default=0)
 
     def _run_last_stage(self, lineage: Lineage, images: Mapping[str, Tensor]) -> None:
         """Train the last stage of `lineage` on top of its parent and publish what changed."""
         stage, started = lineage.stages[-1], time.monotonic()
         pipe = self.load(lineage.parent)
-        self._loaded = None
-        mine = pipeline.group(stage.trains)
-        pipe.remember([name for name in pipe.named() if mine(name)])
-        before = {name: p.detach().clone() for name, p in pipe.named().items() if mine(name)}
-        others = {name: _print(p) for name, p in pipe.named().items() if not mine(name)}
-        run = Run(stage.seed, images, before, start=self._snapshot(lineage), report=self._reporter(lineage))
-        if run.start:
-            self._resume(lineage, pipe, run)
+        self._memory.edited()
+        earlier = self._earlier(lineage, self._snapshot(lineage))
         try:
-            stage(pipe, lineage.task.view(stage.reads), run)
-            result = run.adapter or {n: p.detach().cpu().clone() for n, p in pipe.named().items() if mine(n) and not torch.equal(p, before[n])}
-            self._check(stage, pipe, others, result)
+            result, run = execution.execute(pipe, stage, lineage.task.view(stage.reads), images, earlier, self._reporter(lineage))
         except BaseException:
-            self._forget()  # who knows what a failed stage left behind
+            self._memory.forget()  # who knows what a failed stage left behind
             raise
         record = {"seconds": round(time.monotonic() - started, 3), "losses": run.losses, "torch": torch.__version__}
         self._publish(self.folder(lineage), {**lineage.record(), **record}, weights=result, state=run.state)
         pipe.reset()
 
-    def _resume(self, lineage: Lineage, pipe: Pipe, run: Run) -> None:
-        snapshot = self.store.folder("checkpoints", f"{lineage.trajectory}-{run.start}")
-        tensors = self._tensors(snapshot)
-        run.state = load_file(snapshot / "state.safetensors")
-        if hasattr(lineage.stages[-1], "merged"):
-            run.adapter = tensors
-        else:
-            pipe.apply(tensors)
-
-    @staticmethod
-    def _check(stage: Stage, pipe: Pipe, others: Mapping[str, int], result: Mapping[str, Tensor]) -> None:
-        moved = [name for name, p in pipe.named().items() if name in others and _print(p) != others[name]]
-        if moved:
-            raise StoreError(f"{type(stage).__module__} says it trains '{stage.trains}' but it changed '{moved[0]}' too; correct its `trains`")
-        if broken := [name for name, tensor in result.items() if not torch.isfinite(tensor).all()]:
-            raise PreconditionError(f"{type(stage).__module__} made '{broken[0]}' infinite or NaN; try a smaller learning rate")
+    def _earlier(self, lineage: Lineage, steps: int) -> Snapshot | None:
+        """The trajectory's snapshot after so many steps; None after none."""
+        folder = self.store.folder("checkpoints", f"{lineage.trajectory}-{steps}")
+        return Snapshot(steps, self._tensors(folder), load_file(folder / "state.safetensors")) if steps else None
 
     def _reporter(self, lineage: Lineage) -> Callable[[int, int, float], None]:
         name = type(lineage.stages[-1]).__module__.rpartition(".")[2]
@@ -182,7 +115,7 @@ class Engine:
 
     def images(self, lineage: Lineage, wanted: Wanted) -> Path:
         """Folder of the images that `lineage` draws; `images.safetensors` holds uint8 (n, 3, H, W)."""
-        folder = self._image_folder(lineage, wanted)
+        folder = self.store.folder(*Job(lineage, wanted).place)
         if self._hit(folder):
             return folder
         with self.store.lease(folder.name):
@@ -193,9 +126,6 @@ class Engine:
                 record = {"lineage": lineage.key, "prompts": chosen.prompts, "seeds": chosen.seeds}
                 self._publish(folder, record, images={"images": images})
         return folder
-
-    def _image_folder(self, lineage: Lineage, wanted: Wanted) -> Path:
-        return self.store.folder("images", key([lineage.key, *wanted]))
 
     def read_images(self, folder: Path) -> Tensor:
         """uint8 (n, 3, H, W) from a folder that `images` gave."""
@@ -232,6 +162,7 @@ class Engine:
 
         if not self.store.has(folder):
             self.store.publish(folder, write)
+        self.store.read(folder)
         return tuple(str(path) for path in sorted(folder.glob("*.png")))
 
     def _publish(self, folder: Path, record: Mapping[str, Any], **files: Mapping[str, Tensor]) -> None:
@@ -252,52 +183,12 @@ class Engine:
     def build(self, lineages: Iterable[Lineage], pictures: Iterable[tuple[Lineage, Wanted]] = ()) -> dict[str, ResurgenceError]:
         """Make all these checkpoints and images, sharing the work with other processes on the same store.
 
-        Takes whatever is missing and not being made by another; waits only when nothing else is left to do.
         Returns the error of each lineage that could not be made, by its key; the others are there.
         """
         lineages = list(lineages)
-        jobs = self._jobs(lineages, pictures)
-        failures: dict[Path, ResurgenceError] = {}
-        while open_jobs := [j for j in jobs if j.folder not in failures and not self.store.has(j.folder)]:
-            for job in open_jobs:
-                if blocker := next((failures[need] for need in job.needs if need in failures), None):
-                    failures[job.folder] = blocker
-                elif all(self.store.has(need) for need in job.needs) and self._take(job, failures):
-                    break
-            else:
-                time.sleep(0.2)
+        failures = jobs.build(self, jobs.ordered(lineages, pictures))
         return {lineage.key: failures[f] for lineage in lineages if (f := self.folder(lineage)) in failures}
 
-    def _take(self, job: Job, failures: dict[Path, ResurgenceError]) -> bool:
-        """Do a job unless another process holds it; says whether it was done."""
-        with self.store.lease(job.lease, wait=False) as mine:
-            if not mine:
-                return False
-            try:
-                job.make()
-            except ResurgenceError as error:
-                failures[job.folder] = error
-            return True
-
-    def _jobs(self, lineages: Iterable[Lineage], pictures: Iterable[tuple[Lineage, Wanted]]) -> list[Job]:
-        jobs: dict[Path, Job] = {}
-        for lineage in sorted(lineages, key=lambda each: each.steps):
-            for depth in range(1, len(lineage.stages) + 1):
-                part = Lineage(lineage.base, lineage.task, lineage.stages[:depth])
-                needs = [self.folder(part.parent)] if depth > 1 else []
-                for _, wanted in self._needed(part):
-                    root, folder = self._root(part), self._image_folder(self._root(part), wanted)
-                    needs.append(folder)
-                    jobs.setdefault(folder, Job(folder, folder.name, (), lambda r=root, w=wanted: self.images(r, w)))  # type: ignore[misc]
-                jobs.setdefault(self.folder(part), Job(self.folder(part), part.trajectory, tuple(needs), lambda p=part: self.checkpoint(p)))  # type: ignore[misc]
-        for lineage, wanted in pictures:
-            folder = self._image_folder(lineage, wanted)
-            before = (self.folder(lineage),) if lineage.stages else ()
-            jobs.setdefault(folder, Job(folder, folder.name, before, lambda each=lineage, w=wanted: self.images(each, w)))  # type: ignore[misc]
-        return list(jobs.values())
-
-
-def _print(tensor: Tensor) -> int:
-    """A fingerprint of a float32 tensor's bits: their sum weighted by place, modulo 2^64, so that changes do not cancel."""
-    bits = tensor.detach().contiguous().flatten().view(torch.int32).long()
-    return int((bits * (torch.arange(1, len(bits) + 1, device=bits.device) * 6364136223846793005)).sum())
+    def make(self, job: Job) -> Path:
+        """Make sure that one job's artefact, and all that it needs, is in the store."""
+        return self.checkpoint(job.lineage) if job.wanted is None else self.images(job.lineage, job.wanted)

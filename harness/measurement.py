@@ -61,7 +61,7 @@ def measure(
     seen: dict[str, str] = defaultdict(str)
     width, first, done, counted = len(concepts), None, 0, []
     while not gate.stopped:
-        rounds = max(1, (gate.floor - gate.n + width - 1) // width if gate.n < gate.floor else CHUNK // width)
+        rounds = rounds_ahead(gate.n, gate.floor, width)
         wanted = (round_images(asked, range(done, done + rounds), seed), lineage.task.sampler)
         first, done = first or wanted, done + rounds
         for scores in engine.scores(lineage, wanted, detector).split(width):
@@ -76,6 +76,11 @@ def measure(
         raise SpecError("a rate needs a gate that has not stopped yet")
     figures = detector.figures(torch.cat(counted), index.repeat(len(counted))) if hasattr(detector, "figures") else {}
     return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen), figures)
+
+
+def rounds_ahead(n: int, floor: int, width: int) -> int:
+    """How many rounds of `width` images are drawn at once after `n` images: up to the floor, then about `CHUNK` images."""
+    return max(1, -(-(floor - n) // width) if n < floor else CHUNK // width)
 
 
 def evidence(gate: Sequential) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from harness import catalogue
 from harness.data import Captioned
 from harness.errors import SpecError
 from harness.meta import _gradient
@@ -92,6 +93,13 @@ class Method:
         own = self._stage().images(task) if self.base is not None else {}
         meta = {"forget": task.erased, "retain": task.retain}
         return {**own, **{f"meta.{name}": ImageSet.of(group, self.images_per_prompt, self.seed) for name, group in meta.items()}}
+
+    def passes(self, task: Any, steps: int) -> int:
+        """The base's own; then the inner steps (walked back through unless `first`), the loss after them, and the retain term at both ends."""
+        own = catalogue.passes(self._stage(), task, steps) if self.base is not None else 0
+        walks = {"first": 1, "exact": 2, "hvp": 3}[self.order]
+        extra = walks * self.inner_steps + 1 + 2 * (self.zeta != 0)
+        return own + (steps * self.batch * extra if self.gamma_2 else 0)
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""

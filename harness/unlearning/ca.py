@@ -58,6 +58,10 @@ class Method:
         """The anchor's images under the target's prompts: as many for each of its names."""
         return {"anchor": ImageSet.of(Group(task.anchor.concepts, task.erased.prompts), self.images_per_prompt * len(task.erased.concepts), self.seed)}
 
+    def passes(self, task: Any, steps: int) -> int:
+        """One UNet pass an image that learns, and one that is its target or the prior."""
+        return steps * self.batch * (1 + (self.variant == "model" or self.prior > 0))
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
         how = {"steps": self.steps, "lr": self.lr, "optimizer": "adamw", "weight_decay": self.weight_decay, "clip": self.clip or None}

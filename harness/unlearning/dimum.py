@@ -53,6 +53,10 @@ class Method:
             raise SpecError(f"DiMUM pairs the target with one alternative, the task's anchor names {len(task.anchor.concepts)}")
         return Group(task.anchor.concepts, task.erased.prompts)
 
+    def passes(self, task: Any, steps: int) -> int:
+        """A batch of each set."""
+        return steps * 2 * self.batch
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
         train(pipe.parameters(self.trains).values(), *self.objective(pipe, task, run), run, steps=self.steps, lr=self.lr)

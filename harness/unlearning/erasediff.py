@@ -59,6 +59,10 @@ class Method:
         """Images of the erased concepts and of the retained ones."""
         return image_sets(task, self.images_per_prompt, self.seed)
 
+    def passes(self, task: Any, steps: int) -> int:
+        """Target, student and retain term; under `value` also the inner steps and the loss they end at."""
+        return steps * self.batch * (3 + (self.inner_steps + 1 if self.barrier == "value" else 0))
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
         parameters = pipe.parameters(self.trains).values()

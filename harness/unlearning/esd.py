@@ -49,6 +49,10 @@ class Method:
         """None: ESD needs the concept's name only."""
         return {}
 
+    def passes(self, task: Any, steps: int) -> int:
+        """On average: two frozen, one trained, and half of the sampler's steps, each with both halves of the guidance."""
+        return round(steps * self.batch * (3 + (1 if self.guidance == 1 else 2) * (self.sampler_steps - 1) / 2))
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
         train(pipe.parameters(self.trains).values(), *self.objective(pipe, task, run), run, steps=self.steps, lr=self.lr)

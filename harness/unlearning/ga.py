@@ -52,6 +52,10 @@ class Method:
             "forget": ImageSet.of(task.erased, self.images_per_prompt, self.seed),
         }
 
+    def passes(self, task: Any, steps: int) -> int:
+        """A batch of each set."""
+        return steps * 2 * self.batch
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
         moving = pipe.parameters(self.trains).values()

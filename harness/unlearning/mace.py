@@ -89,6 +89,10 @@ class Method:
         prompts = tuple((asked := task.erased.asking(c))[i % len(asked)] for c, i in every)
         return {"concepts": ImageSet(prompts, tuple(seed_of("training image", self.seed, c, i) for c, i in every))}
 
+    def passes(self, task: Any, steps: int) -> int:
+        """One an image and step of each concept's LoRA; the closed forms take none."""
+        return len(task.erased.concepts) * self.lora_steps * self.lora_batch
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit every key and value matrix in place."""
         if not task.erased.concepts:

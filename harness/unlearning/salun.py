@@ -59,6 +59,10 @@ class Method:
         """Images of the erased concepts and of the retained ones."""
         return image_sets(task, self.images_per_prompt, self.seed)
 
+    def passes(self, task: Any, steps: int) -> int:
+        """Target, student and retain term; once both halves of the guidance of every image to forget, for the mask."""
+        return steps * 3 * self.batch + (2 * len(self.images(task)["forget"].prompts) if self.sparsity else 0)
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the masked part of the group `trains` in place."""
         mask = self.mask(pipe, task, run) if self.sparsity else None

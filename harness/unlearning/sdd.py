@@ -61,6 +61,10 @@ class Method:
         """None: SDD needs the concept's name only."""
         return {}
 
+    def passes(self, task: Any, steps: int) -> int:
+        """On average: target, student, and half of the sampler's steps, each with both halves of the guidance."""
+        return round(steps * self.batch * (2 + (1 if self.guidance == 1 else 2) * (self.sampler_steps - 1) / 2))
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Leave the teacher in the group `trains`, and the student in the run's state."""
         student = pipe.parameters(self.trains)

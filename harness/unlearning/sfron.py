@@ -68,6 +68,11 @@ class Method:
         """Images of the erased concepts and of the retained ones."""
         return image_sets(task, self.images_per_prompt, self.seed)
 
+    def passes(self, task: Any, steps: int) -> int:
+        """Both losses, and the target where it relabels; once both halves of the guidance of every image, for the mask."""
+        once = sum(2 * len(chosen.prompts) for chosen in self.images(task).values()) if self.gamma else 0
+        return steps * self.batch * (3 if self.forget == "rl" else 2) + once
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place: masked forgetting, unmasked repair."""
         mask = self.mask(pipe, task, run) if self.gamma else None

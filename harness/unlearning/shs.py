@@ -65,6 +65,11 @@ class Method:
         """Images of the erased concepts and of the retained ones."""
         return image_sets(task, self.images_per_prompt, self.seed)
 
+    def passes(self, task: Any, steps: int) -> int:
+        """Both terms, and the target where it relabels; once the batches of the trim."""
+        once = self.trim_batches * self.batch if steps and self.lr else 0
+        return steps * self.batch * (2 if self.forget == "ascend" else 3) + once
+
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Trim, if the run starts here, and repair; in place."""
         if run.start == 0 and self.steps and self.lr:

@@ -1,0 +1,144 @@
+"""What a piece of work will cost, told from its description and the headers of the model's files: no model is loaded.
+
+UNet passes and images are counted. Minutes, disk and memory are **estimates** by the figures stated here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from harness import catalogue
+from harness.groups import group
+from harness.jobs import Job
+from harness.spec import Base, Lineage, Sampler
+
+# One image through SD 1.x's UNet (860 M parameters, 64 x 64 latents) in float32 on one recent data-centre GPU; other models
+# in proportion to parameters times positions, but no pass is quicker than what starting its kernels takes.
+SECONDS, PARAMETERS, POSITIONS, LEAST = 0.03, 860e6, 64 * 64, 0.0005
+LEARNING = 3  # a pass that learns, forward and backward, in forward passes
+FLOAT = 4  # bytes: what trains is kept in float32
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model from outside: its tensors' shapes by full name, the sides of its latents, and of its images in pixels."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    latent: tuple[int, int]
+    image: tuple[int, int]
+
+    @property
+    def seconds(self) -> float:
+        """Estimated for one UNet pass."""
+        unet = sum(prod(shape) for name, shape in self.shapes.items() if name.startswith("unet."))
+        return max(LEAST, SECONDS * unet / PARAMETERS * prod(self.latent) / POSITIONS)
+
+    def parameters(self, trains: str) -> int:
+        """How many a group holds."""
+        mine = group(trains)
+        return sum(prod(shape) for name, shape in self.shapes.items() if mine(name))
+
+
+@cache
+def size(base: Base) -> Size | None:
+    """A model's size by the headers of its files; None where they are not in a local folder of the usual layout."""
+    if (folder := _folder(base.source)) is None:
+        return None
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        vae = folder / "vae" / "config.json"
+        scale = 2 ** (len(json.loads(vae.read_text(encoding="utf-8"))["block_out_channels"]) - 1) if vae.is_file() else 1
+        sides = unet["sample_size"]
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        return Size(dict(_shapes(folder)), (height, width), (height * scale, width * scale))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _folder(source: str) -> Path | None:
+    """The model's folder: shipped, given, or in the hub's local cache."""
+    from harness.pipeline import SHIPPED
+
+    folder = SHIPPED.get(source, Path(source))
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+
+        name, _, revision = source.partition("@")
+        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (OSError, ValueError):  # what the hub raises is among these
+        return None
+
+
+def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor's full name and shape, once, whatever the file's precision."""
+    for path in sorted(folder.glob("*/*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        yield from ((f"{path.parent.name}.{name}", tuple(each["shape"])) for name, each in header.items() if name != "__metadata__")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """UNet passes that learn and that only look, images drawn, and estimates of GPU seconds, disk and memory in bytes."""
+
+    learning: int = 0
+    looking: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    disk: int = 0
+    memory: int = 0
+
+    @property
+    def passes(self) -> int:
+        """All of them."""
+        return self.learning + self.looking
+
+    def __add__(self, other: Cost) -> Cost:
+        """One after the other: the memory is the larger one's."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("learning", "looking", "images", "seconds", "disk")}
+        return Cost(**sums, memory=max(self.memory, other.memory))
+
+
+def sampling(count: int, sampler: Sampler) -> int:
+    """UNet passes of so many images: under guidance each step takes two."""
+    return count * sampler.steps * (1 if sampler.guidance == 1 else 2)
+
+
+def cost(job: Job, start: int = 0) -> Cost:
+    """What a job costs once all that it needs is there; a stage of `steps` goes on from a snapshot at `start`."""
+    found = size(job.lineage.base)
+    seconds = found.seconds if found else 0.0
+    weights = FLOAT * found.parameters("all") if found else 0
+    if job.wanted is not None:
+        chosen, sampler = job.wanted
+        count = len(chosen.prompts)
+        passes = sampling(count, sampler)
+        pixels = 3 * prod(found.image) if found else 0
+        return Cost(looking=passes, images=count, seconds=passes * seconds, disk=count * pixels, memory=weights)
+    passes = learning(job.lineage, start)
+    stage = job.lineage.stages[-1]
+    held = found.parameters(stage.trains) if found else 0
+    kept, moments = (_adapter(stage, found) if hasattr(stage, "merged") else held) if found else 0, 2 if hasattr(stage, "steps") else 0
+    # On the device: the model, two copies of what trains as it was, its gradient and Adam's two moments. Activations are not counted.
+    memory = weights + FLOAT * (2 * held + (1 + moments) * kept * bool(moments))
+    return Cost(learning=passes, seconds=LEARNING * passes * seconds, disk=FLOAT * kept * (1 + moments), memory=memory)
+
+
+def learning(lineage: Lineage, start: int = 0) -> int:
+    """UNet passes of the last stage of `lineage`, from a snapshot at `start` on."""
+    stage = lineage.stages[-1]
+    return catalogue.passes(stage, lineage.task.view(stage.reads), lineage.steps - start)
+
+
+def _adapter(stage: Any, found: Size) -> int:
+    """Parameters of a LoRA: `rank` rows and columns for every matrix it is put on."""
+    ends = tuple(f".{target}.weight" for target in stage.targets.split(","))
+    return sum(stage.rank * (shape[0] + shape[1]) for name, shape in found.shapes.items() if name.startswith("unet.") and name.endswith(ends))
