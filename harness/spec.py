@@ -151,7 +151,7 @@ class Task:
     asked: str = ""  # file of the prompts on which the erased concept is measured instead of its own (`prompts_in`)
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other names of erased concepts: never trained on, asked for
     crossed: Group | None = None  # held out as well, of another domain
-    crossed_detector: Mapping[str, str] = field(default_factory=dict)  # who looks at those; empty: the task's detector
+    detectors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # who looks at `retained` or `crossed` instead of `detector`
     figures: Mapping[str, str] = field(default_factory=dict)  # published name of a number -> which rate it is (`RATES`), or "1 - " that
     overlap: str = ""  # why roles other than `erased` overlap; empty: they must not
 
@@ -167,8 +167,12 @@ class Task:
                     raise SpecError(f"task '{self.id}': '{concept}' is both {other} and {role}; roles must be disjoint")
             if role not in ("erased", "anchor", "retained", "crossed"):
                 self._benign(role, group)
+        if self.asked and len(self.erased.concepts) > 1:
+            raise SpecError(f"task '{self.id}': the prompts in '{self.asked}' ask for one concept, and {len(self.erased.concepts)} are erased")
         if strange := [name for name in self.synonyms if name not in self.erased.concepts]:
             raise SpecError(f"task '{self.id}': synonyms are given for '{strange[0]}', which is not erased")
+        if other_roles := [role for role in self.detectors if role not in ("retained", "crossed")]:
+            raise unknown("role in [detectors]", other_roles[0], ("retained", "crossed"))
         for name, rate in self.figures.items():
             if rate.removeprefix("1 - ") not in RATES:
                 raise unknown(f"rate of the figure '{name}'", rate, [*RATES, *(f"1 - {each}" for each in RATES)])
