@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from harness.errors import SpecError, unknown
 
 HOLDS, BROKEN, INCONCLUSIVE, INVALID = "holds", "broken", "inconclusive", "invalid"
 VERDICTS = (HOLDS, BROKEN, INCONCLUSIVE, INVALID)
+RATES = ("erased", "retained", "crossed", "alternative")  # whose rate a claim measures
 
 
 def canonical(value: Any) -> Any:
@@ -77,6 +77,18 @@ class Group:
         return tuple(p.replace("{}", concept) for p in self.prompts)
 
 
+class Verbatim(Group):
+    """One concept and prompts that ask for it in other words, without a place for its name."""
+
+    def __post_init__(self) -> None:
+        if len(self.concepts) != 1 or not self.prompts or not all(p.strip() for p in self.prompts):
+            raise SpecError("verbatim prompts speak for exactly one concept, and there must be some that are not empty")
+
+    def asking(self, concept: str) -> tuple[str, ...]:
+        """The prompts as they are."""
+        return self.prompts
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How images are drawn; part of every image's address. `guidance` is the usual CFG scale (1 = off)."""
@@ -119,7 +131,8 @@ class Task:
     """One evaluation setting: who is erased, who must survive, and what counts as forgotten.
 
     The roles are disjoint (checked): `erased`, `anchor` (what may be drawn instead), `retain` (known to the
-    unlearning method), `finetune` (benign data, by name) and `retained` (held out, looked at only).
+    unlearning method), `finetune` (benign data, by name), `retained` (held out, looked at only) and `crossed` (the same,
+    of another domain). A published protocol may need some to overlap: `overlap` says which and why, never `erased`.
     """
 
     id: str
@@ -135,22 +148,39 @@ class Task:
     control: str  # method string of an unlearning known to be fragile; its concept must come back
     alternative: str = ""  # the detector's label for what is drawn instead of an erased concept; empty: it has none
     tolerance: Tolerance = field(default_factory=Tolerance)
+    asked: str = ""  # file of the prompts on which the erased concept is measured instead of its own (`prompts_in`)
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other names of erased concepts: never trained on, asked for
+    crossed: Group | None = None  # held out as well, of another domain
+    detectors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # who looks at `retained` or `crossed` instead of `detector`
+    figures: Mapping[str, str] = field(default_factory=dict)  # published name of a number -> which rate it is (`RATES`), or "1 - " that
+    overlap: str = ""  # why roles other than `erased` overlap; empty: they must not
 
     def __post_init__(self) -> None:
         roles = {"erased": self.erased, "anchor": self.anchor, "retain": self.retain, "retained": self.retained}
+        roles |= {"crossed": self.crossed} if self.crossed else {}
         roles |= {f"finetune.{name}": group for name, group in self.finetune.items()}
         owner: dict[str, str] = {}
         for role, group in roles.items():
             for concept in group.concepts:
                 other = owner.setdefault(concept.lower(), role)
-                if other.partition(".")[0] != role.partition(".")[0]:  # fine-tuning sets may overlap
+                if other.partition(".")[0] != role.partition(".")[0] and (other == "erased" or not self.overlap):  # fine-tuning sets may overlap
                     raise SpecError(f"task '{self.id}': '{concept}' is both {other} and {role}; roles must be disjoint")
-            if role not in ("erased", "anchor", "retained"):
+            if role not in ("erased", "anchor", "retained", "crossed"):
                 self._benign(role, group)
+        if self.asked and len(self.erased.concepts) > 1:
+            raise SpecError(f"task '{self.id}': the prompts in '{self.asked}' ask for one concept, and {len(self.erased.concepts)} are erased")
+        if strange := [name for name in self.synonyms if name not in self.erased.concepts]:
+            raise SpecError(f"task '{self.id}': synonyms are given for '{strange[0]}', which is not erased")
+        if other_roles := [role for role in self.detectors if role not in ("retained", "crossed")]:
+            raise unknown("role in [detectors]", other_roles[0], ("retained", "crossed"))
+        for name, rate in self.figures.items():
+            if rate.removeprefix("1 - ") not in RATES:
+                raise unknown(f"rate of the figure '{name}'", rate, [*RATES, *(f"1 - {each}" for each in RATES)])
 
     def _benign(self, role: str, group: Group) -> None:
         """Data that anything learns from must not name an erased concept, in a concept's name or in a prompt."""
-        names = [re.escape(name.lower()) for name in self.erased.concepts if name]
+        known = [*self.erased.concepts, *(name for names in self.synonyms.values() for name in names)]
+        names = [re.escape(name.lower()) for name in known if name]
         named = re.compile(rf"(?<!\w)(?:{'|'.join(names)})(?!\w)") if names else None
         for caption in (p for c in group.concepts for p in group.asking(c)):
             if named and (found := named.search(caption.lower())):
@@ -161,49 +191,18 @@ class Task:
     @classmethod
     def load(cls, path: Path) -> Task:
         """Read a task file (TOML). Unknown or missing keys are errors that name the file."""
-        try:
-            return cls._of(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, SpecError, TypeError) as error:
-            raise SpecError(f"task file {path.name}: {error}") from error
+        from harness.taskfile import read  # it builds on this file
 
-    @classmethod
-    def _of(cls, id: str, data: dict[str, Any]) -> Task:
-        allowed = {f.name for f in dataclasses.fields(cls)} - {"id"}
-        for name in data:
-            if name not in allowed:
-                raise unknown("key", name, allowed)
-        for name in ("erased", "anchor", "retain", "retained"):
-            data[name] = _build(Group, data.get(name, {}), name)
-        if not (sets := data.get("finetune")) or not isinstance(sets, dict):
-            raise SpecError("[finetune] needs at least one set of concepts, such as [finetune.in]")
-        data["finetune"] = {name: _build(Group, group, f"finetune.{name}") for name, group in sets.items()}
-        data["sampler"] = _build(Sampler, data.get("sampler", {}), "sampler")
-        data["tolerance"] = _build(Tolerance, data.get("tolerance", {}), "tolerance")
-        return cls(id=id, **data)
+        return read(path)
 
     def erasing(self, count: int) -> Task:
         """The same task with only the first `count` erased concepts."""
         erased = dataclasses.replace(self.erased, concepts=self.erased.concepts[:count])
-        return dataclasses.replace(self, erased=erased)
+        return dataclasses.replace(self, erased=erased, synonyms={name: also for name, also in self.synonyms.items() if name in erased.concepts})
 
     def view(self, names: tuple[str, ...]) -> SimpleNamespace:
         """Only the named parts: a stage sees what its address contains and nothing else."""
         return SimpleNamespace(**{name: getattr(self, name) for name in names})
-
-
-def _build(kind: type[Any], data: dict[str, Any], where: str) -> Any:
-    """`kind(**data)` with lists as tuples and unknown keys refused."""
-    if not isinstance(data, dict):
-        raise SpecError(f"[{where}] must be a table, got {type(data).__name__}")
-    allowed = {f.name: f for f in dataclasses.fields(kind)}
-    for name in data:
-        if name not in allowed:
-            raise unknown(f"key in [{where}]", name, allowed)
-    if lacking := [name for name, f in allowed.items() if f.default is dataclasses.MISSING and name not in data]:
-        raise SpecError(f"[{where}] lacks {' and '.join(lacking)}")
-    if kind is Group and (single := [name for name, value in data.items() if not isinstance(value, list)]):
-        raise SpecError(f"{single[0]} in [{where}] must be a list, got {data[single[0]]!r}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Scene(Lab):
         self.base, self.engine, self.detector = Lineage(Base("d", ""), self.task), NoPictures(), SEES  # type: ignore[assignment]
         self.rule = Rule()
 
-    def _rate(self, lineage: Lineage, asked: Any, gate: Sequential, looked_for: str | None = None) -> Measured:
+    def _rate(self, lineage: Lineage, asked: Any, gate: Sequential, looked_for: str | None = None, role: str = "") -> Measured:
         k, n = self.script(lineage, (*asked.concepts, looked_for or ""))
         rate = Rate.of(k, n, gate.alpha, gate.m, gate.direction)
         gate.k, gate.n, gate.low, gate.high = k, n, rate.low, rate.high

@@ -39,3 +39,10 @@ def labels() -> list[str]:
     concepts = vocabulary()["concepts"]
     named = [entry["name"] for group in ("identities", "objects", "characters") for entry in concepts[group]]
     return [*named, concepts["mask"], "none"]
+
+
+def names() -> frozenset[str]:
+    """All that its captions call something by: the detector's classes, the styles, and the generic words."""
+    words = vocabulary()
+    generic = [words["generic"]["person"], words["generic"]["object"], *words["generic"]["masked"]]
+    return frozenset([*labels(), *(entry["name"] for entry in words["concepts"]["styles"]), *generic])

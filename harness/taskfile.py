@@ -1,0 +1,83 @@
+"""Task files (TOML), and the files of prompts that they name. No torch in here."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from harness.errors import SpecError, unknown
+from harness.spec import Group, Sampler, Task, Tolerance, Verbatim
+
+GROUPS = ("erased", "anchor", "retain", "retained")
+
+
+def read(path: Path) -> Task:
+    """The task in a file; the file's name is its id. `like = "other"` starts from that file beside it and replaces whole keys."""
+    try:
+        return _task(path, _parsed(path))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, SpecError, TypeError) as error:
+        raise SpecError(f"task file {path.name}: {error}") from error
+
+
+def prompts_in(file: str, source: str) -> tuple[str, ...]:
+    """The column `prompt` of a CSV file, in its order."""
+    path = Path(file)
+    if not path.is_file():
+        raise SpecError(f"this task is measured on prompts that are not shipped: put them at {path}, a CSV file with a column 'prompt' ({source})")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SpecError(f"'{path}' is no readable CSV file: {error}") from error
+    if not rows or "prompt" not in rows[0]:
+        raise SpecError(f"'{path}' needs a column 'prompt' and at least one row; it has {', '.join(rows[0]) if rows else 'no rows'}")
+    return tuple((row["prompt"] or "").strip() for row in rows)
+
+
+def _parsed(path: Path, nested: bool = False) -> dict[str, Any]:
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    if (other := data.pop("like", None)) is None:
+        return data
+    if not (parent := path.parent / f"{other}.toml").is_file() or nested:
+        raise SpecError(f"'like = \"{other}\"' must name a task file beside this one that is like no other")
+    return {**_parsed(parent, nested=True), **data}
+
+
+def _task(path: Path, data: dict[str, Any]) -> Task:
+    allowed = {f.name for f in dataclasses.fields(Task)} - {"id"}
+    for name in data:
+        if name not in allowed:
+            raise unknown("key", name, allowed)
+    for name in GROUPS:
+        data[name] = _build(Group, data.get(name, {}), name)
+    if not (sets := data.get("finetune")) or not isinstance(sets, dict):
+        raise SpecError("[finetune] needs at least one set of concepts, such as [finetune.in]")
+    data["finetune"] = {name: _build(Group, group, f"finetune.{name}") for name, group in sets.items()}
+    data["sampler"] = _build(Sampler, data.get("sampler", {}), "sampler")
+    data["tolerance"] = _build(Tolerance, data.get("tolerance", {}), "tolerance")
+    if "crossed" in data:
+        data["crossed"] = _build(Group, data["crossed"], "crossed")
+    if "asked" in data:
+        data["asked"] = str(path.parent / data["asked"])
+    data["synonyms"] = {name: tuple(also) for name, also in data.get("synonyms", {}).items()}
+    return Task(id=path.stem, **data)
+
+
+def _build(kind: type[Any], data: dict[str, Any], where: str) -> Any:
+    """`kind(**data)` with lists as tuples and unknown keys refused. Prompts given as `verbatim` do not hold the concept's name."""
+    if not isinstance(data, dict):
+        raise SpecError(f"[{where}] must be a table, got {type(data).__name__}")
+    if kind is Group and "verbatim" in data and "prompts" not in data:
+        kind, data = Verbatim, {("prompts" if name == "verbatim" else name): value for name, value in data.items()}
+    allowed = {f.name: f for f in dataclasses.fields(kind)}
+    for name in data:
+        if name not in allowed:
+            raise unknown(f"key in [{where}]", name, allowed)
+    if lacking := [name for name, f in allowed.items() if f.default is dataclasses.MISSING and name not in data]:
+        raise SpecError(f"[{where}] lacks {' and '.join(lacking)}")
+    if issubclass(kind, Group) and (single := [name for name, value in data.items() if not isinstance(value, list)]):
+        raise SpecError(f"{single[0]} in [{where}] must be a list, got {data[single[0]]!r}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})

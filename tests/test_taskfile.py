@@ -1,0 +1,98 @@
+"""Task files: what only some tasks need, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.errors import SpecError
+from harness.spec import Group, Lineage, Task, Verbatim, canonical, key
+from harness.taskfile import read
+from tests.test_spec import TOML, lineage, task
+
+
+def written(folder: Path, text: str, **others: str) -> Task:
+    """The task in `t.toml`, beside other files."""
+    for name, other in others.items():
+        (folder / f"{name}.toml").write_text(other)
+    (folder / "t.toml").write_text(text)
+    return read(folder / "t.toml")
+
+
+def test_a_file_can_be_like_another(tmp_path: Path) -> None:
+    """Keys that are given take the place of whole keys; everything else is the other file's; the id is its own."""
+    found = written(tmp_path, 'like = "other"\nerased = { concepts = ["y"], prompts = ["the {}"] }\n', other=TOML)
+    assert found == task(erased=Group(("y",), ("the {}",)))
+    assert found.id == "t"
+
+
+@pytest.mark.parametrize("other", ['like = "t"', 'like = "third"'])
+def test_likeness_ends_after_one_step(tmp_path: Path, other: str) -> None:
+    """A file that is like one that is like one (itself, in the end) is refused, as is one that is like none that is there."""
+    with pytest.raises(SpecError, match="like no other"):
+        written(tmp_path, 'like = "other"', other=other, third=TOML)
+    with pytest.raises(SpecError, match="must name a task file beside this one"):
+        written(tmp_path, 'like = "nobody"')
+
+
+def test_verbatim_prompts_stand_as_they_are(tmp_path: Path) -> None:
+    """They speak for one concept and need no place for its name; their address is that of a group with these prompts."""
+    found = written(
+        tmp_path, TOML.replace('erased = { concepts = ["x"], prompts = ["a {}"] }', 'erased = { concepts = ["x"], verbatim = ["bare", "b {c}"] }')
+    ).erased
+    assert isinstance(found, Verbatim)
+    assert (found.asking("x"), found.concepts) == (("bare", "b {c}"), ("x",))
+    assert canonical(found) == {"concepts": ["x"], "prompts": ["bare", "b {c}"]}
+    for concepts, prompts in ((("x", "y"), ("bare",)), (("x",), ()), (("x",), (" ",))):
+        with pytest.raises(SpecError, match="exactly one concept"):
+            Verbatim(concepts, prompts)
+
+
+def test_new_parts_leave_addresses_alone(tmp_path: Path) -> None:
+    """What a stage reads is what it read before there were synonyms, crossed concepts or figures: no address moves."""
+    plain = lineage(*(before := task(),)[1:])
+    also = task(synonyms={"x": ("xx",)}, crossed=Group(("z",), ("a {}",)), figures={"UA": "1 - erased"}, detectors={"crossed": {"name": "clip"}})
+    parts = ("erased", "anchor", "retain", "finetune", "retained")
+    assert key([getattr(before, name) for name in parts]) == key([getattr(also, name) for name in parts])
+    assert Lineage(plain.base, also).key == plain.key
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('synonyms = { z = ["zz"] }', "synonyms are given for 'z', which is not erased"),
+    ('synonyms = { x = ["f"] }', "finetune.in prompt 'a f' names the erased concept 'f'"),
+    ('crossed = { concepts = ["R"], prompts = ["a {}"] }', "both retained and crossed|both crossed and retained"),
+    ('crossed = { concepts = ["z"], prompts = ["a"] }', "'a' must contain"),
+    ('crossed = { concepts = ["z"], prompts = [] }', "at least one concept and one prompt"),
+    ('figures = { UA = "2 - erased" }', "unknown rate of the figure 'UA' '2 - erased'"),
+    ('detectors = { erased = { name = "clip" } }', r"unknown role in \[detectors\] 'erased'"),
+    ('overlpa = "none"', "unknown key 'overlpa'.*Did you mean 'overlap'"),
+    ('suite = "celebrity"', "Cannot overwrite a value"),
+])  # fmt: skip
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    """Roles that overlap, names of nothing, prompts without a place, keys given twice."""
+    with pytest.raises(SpecError, match=f"(?s)task file t.toml: .*({message})"):
+        written(tmp_path, TOML + line + "\n")
+
+
+def test_a_file_of_prompts_asks_for_one_concept(tmp_path: Path) -> None:
+    """It lies where the task file lies; with two erased concepts nobody knows whom it asks for."""
+    assert written(tmp_path, TOML + 'asked = "p.csv"\n').asked == str(tmp_path / "p.csv")
+    with pytest.raises(SpecError, match="ask for one concept, and 2 are erased"):
+        written(tmp_path, TOML.replace('["x"]', '["x", "y"]') + 'asked = "p.csv"\n')
+
+
+def test_an_overlap_has_a_reason_and_spares_what_is_erased(tmp_path: Path) -> None:
+    """With a reason roles may share concepts, but never the erased ones."""
+    shared = TOML.replace('retained = { concepts = ["r"]', 'retained = { concepts = ["k"]')
+    with pytest.raises(SpecError, match="roles must be disjoint"):
+        written(tmp_path, shared)
+    assert written(tmp_path, shared + 'overlap = "one list"\n').retained.concepts == ("k",)
+    with pytest.raises(SpecError, match="roles must be disjoint"):
+        written(tmp_path, shared.replace('["k"]', '["x"]', 1) + 'overlap = "one list"\n')
+
+
+def test_fewer_erased_have_fewer_synonyms() -> None:
+    """A smaller profile asks about the synonyms of those that are left."""
+    many = task(erased=Group(("x", "y"), ("a {}",)), synonyms={"x": ("xx",), "y": ("yy",)})
+    assert many.erasing(1).synonyms == {"x": ("xx",)}
