@@ -349,7 +349,7 @@ def test_a_task_file_is_a_text(tmp_path):
 # --- the suites' own files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_task_file_loads(path):
     """A task file lies in the folder of its suite and names a detector and a control that exist."""
     loaded = Task.load(path)
