@@ -295,17 +295,20 @@ def test_prompt_rates_are_of_a_fixed_number(monkeypatch: pytest.MonkeyPatch) -> 
 
     from harness.relearning.unlearndiffatk import Attack
 
-    asked: list[ImageSet] = []
+    asked, rules = list[ImageSet](), list[Rule]()
 
-    def rates(self: Attack, engine: Any, lineage: Lineage, images: ImageSet, detector: Any, label: str) -> Any:
+    def rates(self: Attack, engine: Any, lineage: Lineage, images: ImageSet, detector: Any, label: str, rule: Rule) -> Any:
         asked.append(images)
+        rules.append(rule)
         return torch.tensor([[0, 1]] * 10 + [[0, 0]] * (len(images.prompts) - 10))
 
     monkeypatch.setattr(Attack, "rates", rates)
     lab = Scene(good)
+    lab.rule = Rule(k=3)
     before, after = lab.prompted(lab.unlearned("uce", 0), "unlearndiffatk", "x", 0)
     assert (before.k, before.n, after.k, after.n) == (0, 40, 10, 40)
     assert set(asked[0].prompts) == {"a x", "the x"}
+    assert rules == [Rule(k=3)]
 
 
 def test_every_claim_about_attacks_has_a_measurement() -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
+from harness.detection._rule import Rule
 from harness.engine import Engine
 from harness.errors import PreconditionError, SpecError
+from harness.measurement import TOP, places
 from harness.pipeline import Pipe, denoise
 from harness.sampling import noise
 from harness.spec import ImageSet, Lineage, Sampler, canonical, seed_of
@@ -50,14 +52,18 @@ class Attack:
                 f"an attack needs a budget: tokens, timesteps and iterations are at least 1, got {self.tokens}, {self.timesteps} and {self.iterations}"
             )
 
-    def rates(self, engine: Engine, lineage: Lineage, asked: ImageSet, detector: Any, label: str) -> Tensor:
-        """Success without and with the attack (n, 2), 0 or 1, on the same prompts and noise; made once and kept in the store."""
+    def rates(self, engine: Engine, lineage: Lineage, asked: ImageSet, detector: Any, label: str, rule: Rule = TOP) -> Tensor:
+        """Success without and with the attack (n, 2), 0 or 1, on the same prompts and noise; made once and kept in the store.
+
+        A success is an image in which `rule` finds `label`.
+        """
         root, sampler = Lineage(lineage.base, lineage.task), lineage.task.sampler
         what = canonical({"attack": self, "lineage": lineage.key, "asked": asked, "sampler": sampler, "detector": detector.address, "label": label})
-        index = detector.labels.index(label)
+        what |= {} if rule == TOP else {"rule": str(rule)}
+        index = places(detector, [label])
 
         def judge(image: Tensor) -> bool:
-            return bool(detector(image[None].float() / 255).argmax(dim=1).item() == index)
+            return bool(rule.hits(detector(image[None].float() / 255), index).item())
 
         def look() -> Tensor:
             targets = engine.read_images(engine.images(root, (asked, sampler)))

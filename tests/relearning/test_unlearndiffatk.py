@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from harness.detection._rule import Rule
 from harness.engine import Engine
 from harness.errors import PreconditionError, SpecError
 from harness.pipeline import Pipe
@@ -206,3 +207,11 @@ def test_both_rates_are_of_the_same_prompts_and_kept(base: Base, tmp_path: Path)
     assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0], [0, 0]]
     assert engine.cost()["unet_passes"] == passes
     assert QUICK.rates(engine, lineage, asked, Eye(0.48), "x")[:, 0].le(QUICK.rates(engine, lineage, asked, Eye(0.48), "x")[:, 1]).all()
+
+
+def test_the_tasks_rule_decides(base: Base, tmp_path: Path) -> None:
+    """What the first rank misses is a success within the first two, kept under an address of its own."""
+    engine, lineage = Engine(Store(tmp_path)), Lineage(base, tiny.task())
+    asked, never = ImageSet(("a x",), (1,)), Eye(2.0)
+    assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0]]
+    assert QUICK.rates(engine, lineage, asked, never, "x", Rule(k=2)).tolist() == [[1, 1]]
