@@ -351,3 +351,12 @@ def test_claims_that_were_not_asked_for_leave_no_trace() -> None:
     ids = [line for line in run.stdout.splitlines() if "::" in line]
     assert len(ids) == 11, run.stdout
     assert "11/" in run.stdout  # of those that were parametrised, the rest deselected
+
+
+def test_the_scope_names_the_attacks_that_were_tried() -> None:
+    """What was measured, and no more: each selected attack with its grid; none, no word of attacks."""
+    from fixtures.controller import scope
+
+    tried = options(**{"--attack": "dimra-retain,unlearndiffatk", "--attack-steps": "2,4"})
+    assert "; attacks: dimra-retain at 2, 4 steps, unlearndiffatk; the task's detector" in scope(tried, [ALTERNATIVE])
+    assert "attacks" not in scope(options(), [ALTERNATIVE])
