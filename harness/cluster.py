@@ -73,4 +73,6 @@ def done(ray: Any, texts: Mapping[str, str], store: str, gpus: float) -> dict[st
 def _make(text: str, store: str, *needs: object) -> bool:
     """One job, in a process that Ray gave its GPUs; `needs` are only waited for."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return jobfiles.make(text, open_store(store))
+    for error in jobfiles.make([text], open_store(store)).values():
+        raise error
+    return True

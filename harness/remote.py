@@ -195,7 +195,7 @@ def _named(name: str, digest: str) -> str:
 
 def _opened(url: str) -> tuple[Any, str]:
     """The filesystem behind a URL, and the path on it."""
-    import fsspec  # type: ignore[import-untyped]  # only where a URL is given
+    import fsspec  # only where a URL is given
 
     try:
         filesystem, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
