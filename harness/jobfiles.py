@@ -77,7 +77,7 @@ def _stage(data: Mapping[str, Any]) -> Any:
     if not module.startswith("harness."):
         raise SpecError(f"a job names the class '{name}'; only stages of the harness are run")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        cls: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SpecError(f"a job names the stage '{name}', which is not here: {error}; {AGAIN}") from error
     if not dataclasses.is_dataclass(cls) or getattr(cls, "version", None) != version:
