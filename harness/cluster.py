@@ -43,8 +43,8 @@ def main(given: argparse.Namespace) -> int:
     if not ray.is_initialized():
         ray.init(address=given.address, logging_level="warning")
     failed = done(ray, {path.name: jobfiles.read(path) for path in files}, store, given.gpus)
-    for name, error in failed.items():
-        print(f"failed {name}: {error}")
+    for name, reason in failed.items():
+        print(f"failed {name}: {reason}")
     print(f"{len(files) - len(failed)} of {len(files)} jobs are in the store")
     return 1 if failed else 0
 
@@ -52,7 +52,9 @@ def main(given: argparse.Namespace) -> int:
 def done(ray: Any, texts: Mapping[str, str], store: str, gpus: float) -> dict[str, str]:
     """Start every job that is missing, each after those it needs, and wait; what went wrong, by file name."""
     task = ray.remote(num_gpus=gpus, max_retries=RETRIES)(_make)
-    here, futures, names = open_store(store), {}, {}
+    here = open_store(store)
+    futures: dict[tuple[str, str], Any] = {}
+    names: dict[str, Any] = {}
     for name, text in texts.items():
         job = json.loads(text)
         place = (job["kind"], job["address"])
@@ -73,4 +75,6 @@ def done(ray: Any, texts: Mapping[str, str], store: str, gpus: float) -> dict[st
 def _make(text: str, store: str, *needs: object) -> bool:
     """One job, in a process that Ray gave its GPUs; `needs` are only waited for."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return jobfiles.make(text, open_store(store))
+    for error in jobfiles.make([text], open_store(store)).values():
+        raise error
+    return True

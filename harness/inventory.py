@@ -9,6 +9,7 @@ import argparse
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +125,7 @@ def misplaced(kind: str, address: str, record: Mapping[str, Any]) -> str:
 def damage(store: Store, artefact: Artefact) -> str:
     """What is wrong with an artefact; nothing if it is sound."""
     try:
-        return misplaced(*artefact.place.split("/"), store.read(artefact.folder))
+        return misplaced(artefact.folder.parent.name, artefact.folder.name, store.read(artefact.folder))
     except StoreError as error:
         return str(error)
     except (KeyError, ValueError, TypeError, AttributeError, SpecError) as error:
@@ -134,8 +135,9 @@ def damage(store: Store, artefact: Artefact) -> str:
 def leftovers(store: Store) -> Iterator[Path]:
     """Drafts of writers that were killed, and locks that nobody holds."""
     for draft in sorted(store.root.glob("*/.*")):
-        if draft.is_dir() and time.time() - max(p.stat().st_mtime for p in (draft, *draft.rglob("*"))) > DRAFT:
-            yield draft
+        with suppress(OSError):  # a living writer has just finished it
+            if draft.is_dir() and time.time() - max(p.stat().st_mtime for p in (draft, *draft.rglob("*"))) > DRAFT:
+                yield draft
     for path in sorted(store.root.glob(f"{LOCKS}/*.lock")):
         try:
             with FileLock(path, timeout=0):

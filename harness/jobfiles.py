@@ -5,6 +5,7 @@ python -m harness run FILE [FILE ...] --store DIR_OR_URL
 `pytest suites/... --plan --jobs DIR` writes one file for each checkpoint and each set of images that a selection needs and the
 store lacks; their names sort in an order in which they can be done. A file holds the whole lineage: the base model by
 digest and place, the task, every stage with all its fields. What it needs is named in it, and made first where it is missing.
+The same command started several times on one store shares the work: each process takes what no other is making.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import SpecError, StoreError
-from harness.jobs import Job
+from harness.errors import ResurgenceError, SpecError, StoreError
+from harness.jobs import Job, build, ordered
 from harness.spec import Base, ImageSet, Lineage, Sampler, Task, canonical
 from harness.store import Store, open_store
 
@@ -49,15 +50,14 @@ def _plain(value: Any) -> Any:
     return canonical(value)
 
 
-def parse(text: str) -> Job:
+def parse(data: Mapping[str, Any]) -> Job:
     """The job that `describe` wrote; an error if it would now make something else."""
     try:
-        data = json.loads(text)
         task = dict(data["task"])
         lineage = Lineage(Base(**data["base"]), Task._of(task.pop("id"), task), tuple(_stage(each) for each in data["stages"]))
         images = data["images"]
         wanted = images and (ImageSet(tuple(images["prompts"]), tuple(images["seeds"])), Sampler(**images["sampler"]))
-        job, place = Job(lineage, wanted), (data["kind"], data["address"])
+        job, place = Job(lineage, wanted), _place(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, SpecError):
             raise
@@ -77,7 +77,7 @@ def _stage(data: Mapping[str, Any]) -> Any:
     if not module.startswith("harness."):
         raise SpecError(f"a job names the class '{name}'; only stages of the harness are run")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        cls: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SpecError(f"a job names the stage '{name}', which is not here: {error}; {AGAIN}") from error
     if not dataclasses.is_dataclass(cls) or getattr(cls, "version", None) != version:
@@ -101,22 +101,24 @@ def write(folder: Path, jobs: Iterable[Job]) -> list[Path]:
     return paths
 
 
-def make(text: str, store: Store, progress: Any = lambda line: None) -> bool:
-    """Do a job in this process; False if there was nothing to do."""
-    data = json.loads(text)
-    if store.has(store.folder(data["kind"], data["address"])):
-        return False
+def make(texts: Iterable[str], store: Store, progress: Callable[[str], None] = lambda line: None) -> dict[tuple[str, str], ResurgenceError]:
+    """Do jobs, and first what they need and the store lacks; the error of each that could not be done.
+
+    Several processes, on one machine or many, can be given the same jobs: each takes what no other is making.
+    """
+    data = [json.loads(text) for text in texts]
+    missing = [parse(each) for each in data if not store.has(store.folder(each["kind"], each["address"]))]
+    if not missing:
+        return {}
     from harness import pipeline
     from harness.engine import Engine
 
-    job = parse(text)
-    here = pipeline.identify(job.lineage.base.source)
-    if here.digest != job.lineage.base.digest:
-        raise StoreError(
-            f"the model '{here.source}' has the digest {here.digest}, the job is about {job.lineage.base.digest}; put that model there, or {AGAIN}"
-        )
-    Engine(store, progress).make(job)
-    return True
+    for base in {job.lineage.base for job in missing}:
+        if (here := pipeline.identify(base.source)).digest != base.digest:
+            raise StoreError(f"the model '{here.source}' has the digest {here.digest}, the job is about {base.digest}; put that model there, or {AGAIN}")
+    every = ordered((job.lineage for job in missing), [(job.lineage, job.wanted) for job in missing if job.wanted is not None])
+    failures = build(Engine(store, progress), every)
+    return {job.place: failures[folder] for job in missing if (folder := store.folder(*job.place)) in failures}
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -124,17 +126,22 @@ def make(text: str, store: Store, progress: Any = lambda line: None) -> bool:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="job files, done in this order")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="job files")
     parser.add_argument("--store", default=".store", help="folder or URL of finished work (default .store)")
 
 
 def main(given: argparse.Namespace) -> int:
-    """Do the jobs, one after the other."""
-    store = open_store(given.store)
-    for path in given.files:
-        done = make(read(path), store, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
-        print(f"{'made' if done else 'there'} {path.name}", flush=True)
-    return 0
+    """Do the jobs; the exit code is 1 if one failed."""
+    texts = {path.name: read(path) for path in given.files}
+    failures = make(texts.values(), open_store(given.store), lambda line: print(line, file=sys.stderr, flush=True))
+    for name, text in texts.items():
+        error = failures.get(_place(json.loads(text)))
+        print(f"failed {name}: {error}" if error else f"done {name}", flush=True)
+    return 1 if failures else 0
+
+
+def _place(data: Mapping[str, Any]) -> tuple[str, str]:
+    return data["kind"], data["address"]
 
 
 def read(path: Path) -> str:

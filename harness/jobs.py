@@ -91,7 +91,7 @@ def build(engine: Engine, jobs: Iterable[Job]) -> dict[Path, ResurgenceError]:
             elif all(engine.store.has(need) for need in needs) and _take(engine, folder, job, failures):
                 break
         else:
-            time.sleep(0.2)
+            time.sleep(engine.store.poll)
     return failures
 
 

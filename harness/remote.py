@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from harness.errors import StoreError
 from harness.spec import key, sha256
@@ -38,12 +38,15 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> ext
 class Remote(Store):
     """Artefacts in an object store; the folder `root` holds those that were made or read here."""
 
+    poll: ClassVar[float] = 5.0
+
     def __init__(self, url: str, cache: Path | None = None) -> None:
         self.url = url.rstrip("/")
         self._fs, self._prefix = _opened(self.url)
         self._me = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}"
         self._held: set[str] = set()
         super().__init__(cache or _cache(self.url))
+        self._home = f"{platform.node()}:{self.root}"
 
     def has(self, folder: Path) -> bool:
         """Whether an artefact is there, here or in the bucket."""
@@ -156,13 +159,15 @@ class Remote(Store):
                 if self._create(path, self._mark()):
                     return True
                 with suppress(FileNotFoundError):  # it was given up just now
-                    if json.loads(self._fs.cat_file(path))["until"] > time.time():
+                    mark = json.loads(self._fs.cat_file(path))
+                    dead = mark.get("home") == self._home  # we hold the local lock, so its process does not live any more
+                    if mark["until"] > time.time() and not dead:
                         return False
                     self._fs.rm_file(path)
         return False
 
     def _mark(self) -> str:
-        return json.dumps({"owner": self._me, "until": time.time() + EXPIRY})
+        return json.dumps({"owner": self._me, "home": self._home, "until": time.time() + EXPIRY})
 
     @contextmanager
     def _renewed(self, name: str) -> Iterator[None]:
@@ -195,7 +200,7 @@ def _named(name: str, digest: str) -> str:
 
 def _opened(url: str) -> tuple[Any, str]:
     """The filesystem behind a URL, and the path on it."""
-    import fsspec  # type: ignore[import-untyped]  # only where a URL is given
+    import fsspec  # only where a URL is given
 
     try:
         filesystem, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)

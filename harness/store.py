@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 
@@ -39,6 +39,8 @@ def open_store(place: Path | str) -> Store:
 
 class Store:
     """A folder of artefacts, safe to share between processes."""
+
+    poll: ClassVar[float] = 0.2  # seconds between two looks for what another process makes
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()

@@ -175,6 +175,16 @@ def test_fields_survive_json_and_the_command_line(kind, name):
         assert Lineage(Base("d", ""), TASK, (again,)).key == Lineage(Base("d", ""), TASK, (stage,)).key
 
 
+@every_stage
+def test_a_stage_says_what_it_costs(kind, name):
+    """The UNet passes that a plan counts are those that are made; a stage that samples for a drawn number of steps says the average."""
+    stage, pipe = small(kind, name), model()
+    execute(pipe, stage)
+    steps, guidance = getattr(stage, "steps", 0), getattr(stage, "guidance", 1)
+    drawn = steps * getattr(stage, "batch", 0) * (1 if guidance == 1 else 2) * (getattr(stage, "sampler_steps", 1) - 1) / 2
+    assert abs(catalogue.passes(stage, TASK.view(stage.reads), steps) - pipe.passes) <= drawn
+
+
 @pytest.mark.parametrize("field", ["lr", "steps"])
 @every_stage
 def test_a_stage_that_takes_no_step_changes_nothing(kind, name, field):

@@ -86,6 +86,12 @@ def test_nothing_written_is_the_standard_profile() -> None:
     )
 
 
+@pytest.mark.parametrize(("written", "expected"), [("s3://bucket/prefix", "s3://bucket/prefix"), ("a/folder", Path("a/folder"))])
+def test_a_store_is_a_folder_or_a_url(written: str, expected: Path | str) -> None:
+    """A URL keeps both its slashes."""
+    assert parsed("--store", written).store == expected
+
+
 def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
     """Each option reaches its field; spaces after commas do not matter, steps are sorted."""
     written = ["--model", "owner/name@1", "--method", "uce, esd:eta=3", "--finetune", "full-in, lora-out:rank=2", "--steps", "200, 10", "--task", "t"]

@@ -223,6 +223,22 @@ def test_a_bucket_that_does_not_answer_is_a_store_error(tmp_path, monkeypatch):
     assert not here.has(folder(here))
 
 
+def test_a_local_folder_that_is_full(tmp_path, monkeypatch):
+    """Pulling says so in the words of a local store, and leaves nothing."""
+    here, there = at(BUCKET, tmp_path / "here"), at(BUCKET, tmp_path / "there")
+    here.publish(folder(here), writer(b"one"))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        with pytest.raises(StoreError, match="No space left on device; is the disk full"):
+            there.read(folder(there))
+    assert list((tmp_path / "there").glob("kind/*")) == []
+    assert words(there) == {"one"}
+
+
 def test_which_store_a_place_names(tmp_path):
     """A folder, a file:// URL, a bucket; what cannot be opened is an error that says what to install or to write."""
     assert type(open_store(tmp_path)) is type(open_store(f"file://{tmp_path}")) is Store
@@ -282,6 +298,16 @@ def test_a_dead_machines_lease_expires(tmp_path, monkeypatch):
     with here.lease("a", wait=False) as mine:
         assert mine
         assert json.loads(here._fs.cat_file(path))["owner"] == here._me
+
+
+def test_a_killed_process_of_this_machine_holds_nothing(tmp_path):
+    """Its mark has not expired, but the local lock that it held is free: nobody waits five minutes after a kill."""
+    here, again = at(BUCKET, tmp_path / "here"), at(BUCKET, tmp_path / "here")
+    assert here._claim("a")
+    with again.lease("a", wait=False) as mine:
+        assert mine
+    with at(BUCKET, tmp_path / "there").lease("a", wait=False) as free:
+        assert free
 
 
 def test_a_lease_is_renewed_while_it_is_held(tmp_path, monkeypatch):

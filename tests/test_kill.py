@@ -1,0 +1,130 @@
+"""Killed at any moment, the next run goes on, and what it ends with is what an undisturbed run makes, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import sampling
+from harness.engine import Engine
+from harness.finetuning import lora
+from harness.inventory import artefacts, damage
+from harness.spec import ImageSet, Lineage
+from harness.store import Store
+from harness.unlearning import esd
+from tests import tiny
+from tests.conftest import die
+
+TASK = tiny.task()
+WANTED = (ImageSet(("a x", "the y"), (5, 6)), TASK.sampler)
+PHASES = {"publishing": Store.publish, "sampling": sampling.draw.__wrapped__, "unlearning": esd.Method.__call__, "fine-tuning": lora.Finetune.__call__}  # type: ignore[attr-defined]
+EACH = 13  # kills in each phase: 52
+
+
+class Means:
+    """A detector: the mean of each colour."""
+
+    address = "mean colour"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores (n, 3)."""
+        return images.mean((2, 3))
+
+
+def work(engine: Engine, root: Lineage) -> None:
+    """Unlearn, fine-tune to two snapshots, draw, look."""
+    erased = root.then(esd.Method(steps=2, lr=1e-2, batch=1, sampler_steps=2))
+    two, four = (erased.then(lora.Finetune(steps=steps, lr=1e-2, batch=1, images_per_prompt=1)) for steps in (2, 4))
+    if failures := engine.build([two, four], [(four, WANTED)]):
+        raise next(iter(failures.values()))
+    engine.scores(four, WANTED, Means())
+
+
+def counted(run: Callable[[], object], at: int = -1) -> bytes:
+    """Run, and be killed before the `at`-th call of a Python function; else the phase of each call, as a place in `PHASES`."""
+    codes = {function.__code__: i for i, function in enumerate(PHASES.values())}
+    phases, within = bytearray(), [len(codes)]
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        place = codes.get(frame.f_code)
+        if event == "call":
+            if place is not None:
+                within.append(place)
+            if len(phases) == at:
+                die()
+            phases.append(within[-1])
+        elif event == "return" and place is not None:
+            within.pop()
+
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return bytes(phases)
+
+
+def forked(run: Callable[[], object]) -> int:
+    """The exit code of a copy of this process that does it; minus the signal's number if a signal ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every tensor file of the store, by its place."""
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in store.glob("*/[!.]*/*.safetensors")}
+
+
+def inodes(store: Path) -> dict[str, int]:
+    """Each finished artefact's folder."""
+    return {each.place: each.folder.stat().st_ino for each in artefacts(Store(store))}
+
+
+def nursery(folder: Path, root: Lineage, phase: str) -> tuple[list[str], int]:
+    """Undisturbed once; then killed at random calls within the phase, and again without a kill. What went wrong, and how often it was killed."""
+    engine = Engine(Store(folder / "warm"))
+    engine.load(root)  # each copy of this process has the model in memory already
+
+    def at(place: Path, call: int) -> Callable[[], object]:
+        def run() -> None:
+            engine.store = Store(place)
+            phases = counted(lambda: work(engine, root), call)
+            (folder / "phases").write_bytes(phases)
+
+        return run
+
+    assert forked(at(folder / "whole", -1)) == 0
+    expected, phases = contents(folder / "whole"), (folder / "phases").read_bytes()
+    rng, wrong, kills = random.Random(phase), [], 0
+    calls = [call for call, place in enumerate(phases) if place == list(PHASES).index(phase)]
+    for call in sorted(rng.choice(calls) for _ in range(EACH)):
+        store = folder / f"{call}-{kills}"
+        kills += forked(at(store, call)) == -9
+        before = inodes(store) if store.exists() else {}
+        damaged = [damage(Store(store), each) for each in artefacts(Store(store))]
+        code = forked(at(store, -1))
+        if code or any(damaged) or contents(store) != expected or not before.items() <= inodes(store).items():
+            wrong.append(f"call {call}: exit {code}, damaged {damaged}, files {sorted(contents(store).keys() ^ expected.keys())}")
+    return wrong, kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_kill_at_a_random_moment_changes_nothing(phase, base, tmp_path, child):
+    """SIGKILL in unlearning, fine-tuning, sampling or publishing: what is left is whole, is not made again, and the end is the same to the bit."""
+    assert child(nursery, tmp_path, Lineage(base, TASK), phase).result() == ([], EACH)
