@@ -73,7 +73,7 @@ def test_a_concept_that_its_synonyms_do_not_bring_holds() -> None:
     """Below tau, with the synonyms said, and held against the base model's own rate."""
     found = told(scene(), "generality")
     assert (found.verdict, found.word, found.direction, found.tolerance) == (HOLDS, HOLDS, "below", 0.1)
-    assert "asked for xx" in found.reason
+    assert (found.reason, found.concept) == ("asked for xx", "x by other names")
     assert found.base
     assert found.base["k"] == 200
 

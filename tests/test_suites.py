@@ -19,7 +19,7 @@ from fixtures.options import ATTACKED, CLAIMS, Cell
 from fixtures.promises import promise
 from harness import catalogue, pocket
 from harness.errors import SpecError
-from harness.spec import BROKEN, HOLDS, Group, Task
+from harness.spec import BROKEN, HOLDS, Base, Group, Lineage, Task
 from reports import html
 from tests.test_options import parsed
 
@@ -165,6 +165,23 @@ def test_a_file_of_prompts_that_does_not_serve(text: str | None, message: str, t
     if text is None:
         with pytest.raises(SpecError, match="not shipped"):
             fits(found, "a/b")
+
+
+def test_a_method_that_cannot_serve_a_task_stops_no_other() -> None:
+    """DiMUM needs a place for the anchor's name in the erased prompts, and HRM-m has none: its cells fail with that reason, ESD's models are made."""
+    from fixtures.lab import Lab
+
+    found, made = task("unsafe/nudity"), list[str]()
+    lab = Lab.__new__(Lab)
+    lab.options, lab.task, lab._memory, lab.presets = parsed("--no-control", "--method", "esd,dimum"), found, {}, {}
+    lab.base = Lineage(Base("digest", "source"), found)
+    lab.engine = SimpleNamespace(build=lambda lineages: made.extend(each.key for each in lineages) or {})  # type: ignore[assignment]
+    esd, dimum = Cell("forgotten", "esd", None, 0, "nudity"), Cell("forgotten", "dimum", None, 0, "nudity")
+    lab.prepare([esd, dimum])
+    assert made == [lab.lineage(esd).key]
+    assert lab.require(lab.lineage(esd))
+    with pytest.raises(SpecError, match="must contain"):
+        lab.require(lab.lineage(dimum))
 
 
 # --- published lists --------------------------------------------------------------------------------------------------

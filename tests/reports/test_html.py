@@ -67,6 +67,12 @@ def test_no_name_changes_the_page(name: str) -> None:
     assert found.who == name
 
 
+def test_published_figures_are_shown_of_claims_that_hold_too() -> None:
+    """H_c, UA, a nudity score stand beside the verdict whatever it is; of the instruments only what is wrong with them."""
+    assert "H_c 0.898" in page(retained(reason="H_c 0.898"))
+    assert "seen in 0/200" not in page(forgotten(claim="instruments", reason="seen in 0/200"))
+
+
 def test_the_page_needs_no_network(tmp_path: Path) -> None:
     """Nothing is loaded from anywhere but the report's own folder, and the page's policy forbids the rest."""
     write(Report((resurged(images={"base": (png(tmp_path / "a.png"),)}),)), tmp_path / "out")
