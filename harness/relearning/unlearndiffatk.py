@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
+from harness import catalogue, pipeline
 from harness.engine import Engine
 from harness.errors import PreconditionError, SpecError
 from harness.pipeline import Pipe, denoise
@@ -32,7 +33,8 @@ class Attack:
 
     Reference: OPTML-Group/Diffusion-MU-Attack@5a3e5d3. Differs from it: one index set for both rates (a prompt too
     long for the tokens is an error); DDIM and the task's sampler; special tokens are not candidates; delta starts
-    uniform. Cost of a prompt, at most: `timesteps` x `iterations` (F + B) and `timesteps` + 1 images.
+    uniform. A v-prediction model's error is one of v. Reads one text encoder's table, so it refuses SDXL. Cost
+    of a prompt, at most: `timesteps` x `iterations` (F + B) and `timesteps` + 1 images.
     """
 
     tokens: int = 3  # k; 5 in the paper for nudity
@@ -43,6 +45,7 @@ class Attack:
     seed: int = 0
 
     version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)  # its tokens are rows of one text encoder's table
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.timesteps, self.iterations) < 1:
@@ -52,6 +55,7 @@ class Attack:
 
     def rates(self, engine: Engine, lineage: Lineage, asked: ImageSet, detector: Any, label: str) -> Tensor:
         """Success without and with the attack (n, 2), 0 or 1, on the same prompts and noise; made once and kept in the store."""
+        catalogue.fits(self, pipeline.family(lineage.base))
         root, sampler = Lineage(lineage.base, lineage.task), lineage.task.sampler
         what = canonical({"attack": self, "lineage": lineage.key, "asked": asked, "sampler": sampler, "detector": detector.address, "label": label})
         index = detector.labels.index(label)
