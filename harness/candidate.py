@@ -10,15 +10,16 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness import pipeline
+from harness import pipeline, single_file
 from harness.errors import StoreError
 from harness.families.class_conditional import CLASSES
-from harness.pipeline import COMPONENTS, PICKLES, ClassConditional, Pipe, StableDiffusion
+from harness.hub import PIPELINE, SETTINGS, download
+from harness.pipeline import PICKLES, ClassConditional, Pipe, StableDiffusion, StableDiffusionXL
 from harness.spec import Base, ImageSet, sha256
 from harness.training import Run
 
@@ -31,10 +32,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights from `path`: a model's folder, a UNet folder, or a .safetensors file with a delta or a LoRA.
+    """Weights from `path`: a model's folder, a UNet folder, a .safetensors file with a delta, a LoRA or a whole model, or a hub id of one of these.
 
-    A delta names tensors as `unet.<name>`, `text_encoder.<name>`, `vae.<name>` or, for the UNet, bare. Its address
-    is the content. A safety checker and a scheduler that come along are not used: the task decides those.
+    A delta names tensors as `unet.<name>`, `text_encoder.<name>`, `vae.<name>` or, for the UNet, bare; a file in the layout of Stable
+    Diffusion's original code is read by its parent's configuration. Its address is the content, or hub id and commit. A safety checker
+    and a scheduler that come along are not used: the task decides those.
     """
 
     digest: str
@@ -53,7 +55,11 @@ class Candidate:
         if place.suffix in PICKLES:
             raise StoreError(f"'{path}' is a pickle, which can run code when opened; save it as .safetensors")
         if not place.exists():
-            raise StoreError(f"'{path}' does not exist; a candidate is a .safetensors file, a diffusers folder or a UNet folder")
+            if path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") != 1 or place.suffix == ".safetensors":
+                raise StoreError(
+                    f"'{path}' does not exist; a candidate is a .safetensors file, a diffusers folder, a UNet folder, or a hub id such as owner/name"
+                )
+            return cls(f"{path.partition('@')[0]}@{_fetched(path).name}", path)
         if place.is_file() and place.suffix != ".safetensors":
             raise StoreError(f"'{path}' is no .safetensors file; a candidate is that, a diffusers folder or a UNet folder")
         return cls(pipeline.folder_digest(place) if place.is_dir() else sha256(place), path)
@@ -64,11 +70,29 @@ class Candidate:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Overwrite the weights, after checking every name, shape and value."""
-        place = Path(self.path)
-        tensors = _folder(place, self.path, pipe) if place.is_dir() else _file(place, pipe)
+        place = Path(self.path) if Path(self.path).exists() else _only(_fetched(self.path), self.path)
+        tensors = _folder(place, str(place), pipe) if place.is_dir() else _file(place, pipe)
         if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
             raise StoreError(f"the candidate's '{broken[0]}' holds NaN or infinite values; {len(broken)} such tensors in '{self.path}'")
         pipe.apply(tensors)
+
+
+def _fetched(source: str) -> Path:
+    """The hub's snapshot: a pipeline's parts, or whatever safetensors stand alone."""
+    whole = (download(source, SETTINGS) / "model_index.json").is_file()
+    return download(source, PIPELINE if whole else (*SETTINGS, "*.safetensors"))
+
+
+def _only(folder: Path, source: str) -> Path:
+    """The folder of a pipeline or a UNet, or the one file of a delta or LoRA."""
+    if any((folder / name).is_file() for name in ("model_index.json", "config.json", CLASSES)):
+        return folder
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise StoreError(
+            f"'{source}' holds {len(found)} .safetensors files ({', '.join(p.name for p in found) or 'none'}); fetch the one you mean and give its path"
+        )
+    return found[0]
 
 
 def _folder(place: Path, path: str, pipe: Pipe) -> dict[str, Tensor]:
@@ -101,31 +125,45 @@ def _file(place: Path, pipe: Pipe) -> dict[str, Tensor]:
         if not isinstance(pipe, StableDiffusion):
             raise StoreError(f"'{place}' is a LoRA, which is read for text-to-image models only; merge it and save the weights")
         return _merged(place, pipe)
-    return {name if name.startswith(tuple(f"{c}." for c in COMPONENTS)) else f"unet.{name}": t for name, t in tensors.items()}
+    if single_file.original(tensors):
+        return single_file.converted(tensors, pipe)
+    named, parts = pipe.named(), tuple(f"{part}." for part in pipe.components)
+    full = {name if name.startswith(parts) else f"unet.{name}": tensor for name, tensor in tensors.items()}
+    shorter = {name: name.replace(".text_model.", ".", 1) for name in full}  # a level of names that transformers dropped
+    return {short if name not in named and (short := shorter[name]) in named else name: tensor for name, tensor in full.items()}
 
 
-class _Loader(StableDiffusionLoraLoaderMixin):  # type: ignore[misc]  # diffusers is not typed
-    """A copy of our UNet and text encoder for diffusers to put a LoRA into: ours stay as they are."""
+class _Copy:
+    """A copy of our UNet and text encoders for diffusers to put a LoRA into: ours stay as they are."""
 
     hf_device_map = None  # diffusers asks for it
 
-    def __init__(self, pipe: Pipe) -> None:
-        self.unet = UNet2DConditionModel.from_config(pipe.unet.config)
-        self.text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
-        self.components = {"unet": self.unet, "text_encoder": self.text_encoder}
+    def __init__(self, pipe: StableDiffusion) -> None:
+        self.components = {"unet": UNet2DConditionModel.from_config(pipe.unet.config)}
+        self.components |= {part: type(getattr(pipe, part))(getattr(pipe, part).config) for part in pipe.encoders}
         for part, model in self.components.items():
             model.load_state_dict(getattr(pipe, part).state_dict())
+            setattr(self, part, model)
 
     def named(self) -> dict[str, Tensor]:
         """Every parameter by its full name."""
         return {f"{part}.{name}": p.detach() for part, model in self.components.items() for name, p in model.named_parameters()}
 
 
-def _merged(place: Path, pipe: Pipe) -> dict[str, Tensor]:
-    loader, before = _Loader(pipe), pipe.named()
-    where = {"weight_name": place.name, "local_files_only": True}  # the file's metadata hold alpha: a dictionary would lose them
+class _Loader(_Copy, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]  # diffusers is not typed
+    """With one text encoder."""
+
+
+class _LoaderXL(_Copy, StableDiffusionXLLoraLoaderMixin):  # type: ignore[misc]
+    """With two."""
+
+
+def _merged(place: Path, pipe: StableDiffusion) -> dict[str, Tensor]:
+    loader: Any = (_LoaderXL if isinstance(pipe, StableDiffusionXL) else _Loader)(pipe)
+    before = pipe.named()
+    where: dict[str, Any] = {"weight_name": place.name, "local_files_only": True}  # the file's metadata hold alpha: a dictionary would lose them
     try:
-        given, _ = loader.lora_state_dict(str(place.absolute().parent), **where)
+        given, _ = loader.lora_state_dict(str(place.absolute().parent), unet_config=pipe.unet.config, **where)
         loader.load_lora_weights(str(place.absolute().parent), **where)
         for model in loader.components.values():
             model.float()

@@ -15,6 +15,7 @@ from typing import Any
 from harness.errors import SpecError, unknown
 
 CLASSES = {"unlearning": "Method", "finetuning": "Finetune", "relearning": "Attack", "meta": "Method", "detection": "Detector"}
+KINDS = {"text-to-image": ("stable-diffusion", "sdxl")}  # names for several families
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,21 @@ def _value(text: str, hint: Any, where: str) -> Any:
 
 
 def families(cls: type[Any]) -> tuple[str, ...]:
-    """The families of models that a stage runs on; one that says nothing is for text-to-image models."""
+    """The families of models that a stage runs on; one that says nothing is for text-to-image models, of both families."""
     return tuple(getattr(cls, "families", ("text-to-image",)))
+
+
+def runs_on(cls: type[Any], family: str) -> bool:
+    """Whether a stage runs on models of a family."""
+    return any(family in (each, *KINDS.get(each, ())) for each in families(cls))
 
 
 def fits(stage: Any, family: str) -> None:
     """SpecError, with what would do instead, where a stage does not run on models of this family."""
-    if family in families(type(stage)):
+    if runs_on(type(stage), family):
         return
     _, kind, name = f"..{type(stage).__module__}".rsplit(".", 2)
-    others = [each for each in names(kind) if family in families(find(kind, each))] if kind in CLASSES else []
+    others = [each for each in names(kind) if runs_on(find(kind, each), family)] if kind in CLASSES else []
     runs = " and ".join(families(type(stage)))
     raise SpecError(f"'{name}' runs on {runs} models and this one is {family}; {kind} that runs on it: {', '.join(others) or 'none'}")
 

@@ -1,8 +1,9 @@
 """The front door to models: find one, load it as the family it is, denoise with it.
 
-`source` is `pocket` (ships with the project), `pocket-ddpm` (its recipe does), a folder, or a hub id with an optional `@revision`.
-A folder is of the Stable Diffusion 1.x / 2.x layout (diffusers') or a class-conditional DDPM (`unet/`, `scheduler/`,
-`classes.json`). Only safetensors are read: other formats can run code when opened.
+`source` is `pocket` (ships with the project), `pocket-ddpm` (its recipe does), a folder, a `.safetensors` file with a whole model in
+the layout of Stable Diffusion's original code, or a hub id with an optional `@revision`. A folder is of the Stable Diffusion 1.x / 2.x or
+XL layout (diffusers') or a class-conditional DDPM (`unet/`, `scheduler/`, `classes.json`). Only safetensors are read: other formats can
+run code when opened. Nothing is fetched where `HF_HUB_OFFLINE` is set.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from harness import pocket
+from harness import devices, pocket, single_file
 from harness.errors import SpecError, StoreError
 from harness.families.class_conditional import CLASSES, ClassConditional
 from harness.families.pipe import Pipe
+from harness.families.sdxl import StableDiffusionXL
 from harness.families.stable_diffusion import StableDiffusion
 from harness.groups import ALIASES, GROUPS, group
+from harness.hub import download
 from harness.spec import Base, Sampler, key, sha256
 
 __all__ = [
-    "ALIASES", "COMPONENTS", "GROUPS", "PICKLES", "ClassConditional", "Pipe", "StableDiffusion",
+    "ALIASES", "COMPONENTS", "GROUPS", "PICKLES", "ClassConditional", "Pipe", "StableDiffusion", "StableDiffusionXL",
     "denoise", "family", "folder_digest", "group", "identify", "load",
 ]  # fmt: skip
 
@@ -59,16 +62,26 @@ def denoise(pipe: Pipe, x_T: Tensor, cond: Tensor, uncond: Tensor, sampler: Samp
 
 
 def identify(source: str) -> Base:
-    """Find a model and take its address: the digest of its files, or hub id and commit."""
-    folder = SHIPPED.get(source, Path(source))
-    if folder.is_dir():
-        return Base(digest=folder_digest(folder), source=source)
-    if source in SHIPPED:
-        raise SpecError(f"'{source}' has no weights here yet; make them with the recipe in {folder.parent / 'README.md'}")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise SpecError(f"no model '{source}': neither 'pocket', nor a folder, nor a hub id such as 'owner/name@revision'")
-    path = _download(source)
-    return Base(digest=f"{source.partition('@')[0]}@{path.name}", source=source)
+    """Find a model and take its address: the digest of its files, or hub id and commit; and `+` what it computes in, where not float32."""
+    if source in SHIPPED and not SHIPPED[source].is_dir():
+        raise SpecError(f"'{source}' has no weights here yet; make them with the recipe in {SHIPPED[source].parent / 'README.md'}")
+    exact = "float32" if source in SHIPPED else devices.precision()
+    return Base(_address(source) + (f"+{exact}" if exact != "float32" else ""), source)
+
+
+def _address(source: str) -> str:
+    path = SHIPPED.get(source, Path(source))
+    if path.is_dir():
+        if not (path / "unet").is_dir() and (path / "config.json").is_file():
+            raise SpecError(f"'{source}' is one part of a model; give the whole model it belongs to, and this as --candidate")
+        return folder_digest(path)
+    if path.suffix in PICKLES:
+        raise SpecError(f"'{source}' is a pickle, which can run code when opened; save it as .safetensors")
+    if path.is_file():
+        return single_file.address(path, _settings(source))
+    if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1:
+        raise SpecError(f"no model '{source}': neither 'pocket', nor a folder, nor a .safetensors file, nor a hub id such as 'owner/name@revision'")
+    return f"{source.partition('@')[0]}@{download(source).name}"
 
 
 def folder_digest(folder: Path) -> str:
@@ -81,53 +94,54 @@ def folder_digest(folder: Path) -> str:
     return key([[p.relative_to(folder).as_posix(), sha256(p)] for p in files])
 
 
-def _download(source: str) -> Path:
-    """Local snapshot of a hub repository at a commit. Honours HF_HUB_OFFLINE."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = source.partition("@")
-    try:
-        wanted = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise SpecError(f"cannot fetch the model '{source}': {error}. Give a local diffusers folder instead") from error
-
-
-def _folder(source: str) -> Path:
-    folder = SHIPPED.get(source, Path(source))
-    return folder if folder.is_dir() else _download(source)
+def _settings(source: str) -> Path:
+    """The folder with a model's configurations; with its weights too, unless the source is a file."""
+    path = SHIPPED.get(source, Path(source))
+    if path.is_dir():
+        return path
+    return single_file.settings(path) if path.is_file() else download(source)
 
 
 @cache
 def family(base: Base) -> str:
     """The family that a model is of, without loading it."""
-    return _kind(_folder(base.source)).family
+    return _kind(_settings(base.source)).family
 
 
 def _kind(folder: Path) -> type[StableDiffusion | ClassConditional]:
     """The family's class, by the layout of the folder."""
     try:
-        kind = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = None  # to be told when it is loaded
-    return ClassConditional if kind == "UNet2DModel" or (folder / CLASSES).is_file() else StableDiffusion
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        kind, told = config["_class_name"], config.get("addition_embed_type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kind = told = None  # to be told when it is loaded
+    if kind == "UNet2DModel" or (folder / CLASSES).is_file():
+        return ClassConditional
+    return StableDiffusionXL if told == "text_time" or (folder / "text_encoder_2").is_dir() else StableDiffusion
 
 
 def load(base: Base) -> Pipe:
-    """The model in float32, on the worker's GPU if it has one."""
+    """The model, its weights in float32, on the worker's GPU if it has one. What it computes in is said by its address."""
     from diffusers.utils.logging import disable_progress_bar as quiet_diffusers  # here: a run that only reads the store need not load it
     from transformers.utils.logging import disable_progress_bar as quiet_transformers
 
     quiet_diffusers()
     quiet_transformers()
-    folder = _folder(base.source)
-    kind = _kind(folder)
-    plain = any(".fp16" not in path.name for path in (folder / "unet").glob("*.safetensors"))
+    settings, file = _settings(base.source), Path(base.source)
+    kind = _kind(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return kind.load(folder, base.source, device, None if plain else "fp16")
+        if file.is_file() and issubclass(kind, StableDiffusion):
+            pipe: Pipe = kind.load_file(file, settings, base.source, device)
+        else:
+            plain = any(".fp16" not in path.name for path in (settings / "unet").glob("*.safetensors"))
+            pipe = kind.load(settings, base.source, device, None if plain else "fp16")
     except (SpecError, StoreError):
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"'{base.source}' does not load as a {kind.layout} pipeline: {error}") from error
+    pipe.dtype = devices.DTYPES.get(base.digest.rpartition("+")[2], torch.float32)
+    pipe.micro_batch = devices.micro_batch()
+    if devices.checkpointing():
+        pipe.unet.enable_gradient_checkpointing()
+    return pipe

@@ -226,7 +226,7 @@ class Stage(Protocol):
     the absolute step only, so a longer run continues a shorter one.
     """
 
-    # `families: ClassVar[tuple[str, ...]]` names the families of models it runs on; without it, "text-to-image" alone.
+    # `families: ClassVar[tuple[str, ...]]` names the families of models it runs on; without it, "text-to-image", which is two.
     version: ClassVar[int]  # bump when results change
 
     @property

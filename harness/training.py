@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from harness.devices import CHECKPOINTING, MICRO_BATCH
 from harness.errors import PreconditionError
 from harness.spec import seed_of
 
@@ -92,7 +93,7 @@ def train(
     for step in range(run.start, steps):
         batch, total = batch_at(run.rng("step", step)), 0.0
         for each in phases:
-            value = each.differentiate(batch)
+            value = _fits(each.differentiate, batch)
             if not torch.isfinite(value):
                 raise PreconditionError(f"the loss became {value.item()} at step {step + 1} of {steps}; try a smaller lr than {lr}")
             if run.extra is not None and each is phases[0]:
@@ -106,6 +107,14 @@ def train(
     run.state = {CARRIED + name: tensor.detach().clone() for name, tensor in carried.items()}
     for each in phases:
         run.state |= {each.prefix + name: tensor for name, tensor in _state(each.engine).items()}
+
+
+def _fits(differentiate: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    """The loss; where the device is too small for the batch, an error that says what to do. The batch itself is the stage's and stays."""
+    try:
+        return differentiate(batch)
+    except torch.OutOfMemoryError as error:
+        raise PreconditionError(f"a step does not fit into memory ({error}); set {MICRO_BATCH}=1, and {CHECKPOINTING}=1 if that is not enough") from error
 
 
 @dataclass

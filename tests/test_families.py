@@ -140,7 +140,7 @@ def test_the_schedule_is_the_folders_own(tmp_path):
 def test_the_family_is_known_by_the_layout(saved, tiny_folder):
     """Without loading anything, and each folder as what it is."""
     assert pipeline.family(identify(str(saved))) == "class-conditional"
-    assert pipeline.family(identify(str(tiny_folder))) == "text-to-image"
+    assert pipeline.family(identify(str(tiny_folder))) == "stable-diffusion"
 
 
 def test_the_classes_are_part_of_the_address_and_a_card_is_not(folder):
@@ -440,7 +440,7 @@ def test_a_stage_of_another_family_is_refused_before_anything_is_made(root, base
     assert "uce" not in str(error.value).rpartition("on it: ")[2].split(", ")
     with pytest.raises(SpecError, match=message):
         engine.build([root.then(esd.Method(trains="f", steps=1), uce.Method())])
-    with pytest.raises(SpecError, match="runs on class-conditional models and this one is text-to-image"):
+    with pytest.raises(SpecError, match="runs on class-conditional models and this one is stable-diffusion"):
         engine.checkpoint(Lineage(base, tiny.task(), (Labels(),)))
     assert list(tmp_path.glob("*/*")) == []
     assert load_file(engine.checkpoint(root.then(Labels())) / "weights.safetensors") == {}
@@ -451,7 +451,7 @@ def test_families_are_spelled_right(kind, name):
     """Whatever a stage declares exists."""
     declared = catalogue.families(catalogue.find(kind, name))
     assert declared
-    assert set(declared) <= {"text-to-image", "class-conditional"}
+    assert set(declared) <= {"text-to-image", "stable-diffusion", "sdxl", "class-conditional"}
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_an_empty_folder_is_no_model(tmp_path):
 @pytest.mark.parametrize("source", ["pokcet", "./missing", "/missing/folder", "~/missing", "a/b/c"])
 def test_nonsense_is_no_model(source):
     """What is neither a folder nor looks like a hub id is refused without asking anybody."""
-    with pytest.raises(SpecError, match=f"no model '{source}': neither 'pocket', nor a folder, nor a hub id such as"):
+    with pytest.raises(SpecError, match=f"no model '{source}': neither 'pocket', nor a folder, nor a .safetensors file, nor a hub id such as"):
         identify(source)
 
 
@@ -275,7 +275,7 @@ def test_an_unknown_group_is_answered_with_a_guess(pipe):
 def test_a_group_that_matches_nothing_is_an_error(pipe, monkeypatch):
     """Nothing to train is no success."""
     monkeypatch.setitem(GROUPS, "none", lambda name: False)
-    with pytest.raises(SpecError, match="parameter group 'none' matches nothing in this text-to-image model; allowed: all"):
+    with pytest.raises(SpecError, match="parameter group 'none' matches nothing in this stable-diffusion model; allowed: all"):
         pipe.parameters("none")
 
 

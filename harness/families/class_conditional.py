@@ -67,11 +67,11 @@ class ClassConditional(Pipe):
         """The label of a class name, (1, 1)."""
         return self.encode([prompt])[None]
 
-    def predict(self, x_t: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        """The UNet's output (n, c, h, w), in its own parametrisation (epsilon or v)."""
+    def denoised(self, x_t: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        """One pass of the UNet over the whole batch."""
         return self.unet(x_t, t, class_labels=embeddings).sample
 
-    def latents(self, images: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
+    def latents(self, images: Tensor, batch: int | None = None) -> tuple[Tensor, Tensor]:
         """The pixels in [-1, 1] (n, 3, h, w) and zeros: what is drawn is what is denoised."""
         mean = images.to(self.device).float() / 127.5 - 1
         return mean, torch.zeros_like(mean)

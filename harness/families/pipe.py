@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from harness.errors import SpecError, StoreError
 from harness.groups import ALIASES, GROUPS, group
@@ -16,7 +17,9 @@ from harness.groups import ALIASES, GROUPS, group
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
-_SCHEDULE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset", "trained_betas"}
+_SCHEDULE = {
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "steps_offset", "rescale_betas_zero_snr",
+}  # fmt: skip
 
 
 class Pipe(ABC):
@@ -24,7 +27,14 @@ class Pipe(ABC):
 
     `components` names its modules, `unet` among them. What `encode` returns is one condition per prompt, batch first,
     and nobody's business but `predict`'s. `passes` counts UNet samples: a batch of 8 under guidance is 16.
+
+    Weights are float32, whatever trains and whatever does not; with another `dtype` the UNet computes in that (autocast). Text
+    encoders and autoencoder stay in float32: they are a few per cent of the work, and SDXL's autoencoder overflows float16.
     """
+
+    dtype: torch.dtype = torch.float32
+    micro_batch: int | None = None  # samples that pass the UNet at once; None: as many as are given
+    at_once: int | None = None  # images that this device draws at once; found when first drawing
 
     family: ClassVar[str]
     components: ClassVar[tuple[str, ...]]
@@ -34,6 +44,7 @@ class Pipe(ABC):
     text_encoder: Any  # this and what follows: of text-to-image models only
     tokenizer: Any
     vae: Any
+    words: Any  # (prompts) -> (n, context, width), what cross-attention reads; `encode` may hold more
 
     def __init__(self, parts: Mapping[str, torch.nn.Module], config: Mapping[str, Any], device: torch.device) -> None:
         self.device = device
@@ -41,6 +52,8 @@ class Pipe(ABC):
         self.schedule = self.scheduler()
         if self.schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise SpecError(f"prediction type '{self.schedule.config.prediction_type}' is not supported; allowed: epsilon, v_prediction")
+        if self.schedule.config.rescale_betas_zero_snr and self.schedule.config.prediction_type == "epsilon":
+            raise SpecError("the schedule ends in pure noise (rescale_betas_zero_snr), where predicting noise says nothing; such a model predicts v")
         for name in self.components:
             setattr(self, name, parts[name].to(device).eval().requires_grad_(False))
         self.passes = 0
@@ -56,6 +69,8 @@ class Pipe(ABC):
         from diffusers import DDIMScheduler
 
         known = {k: v for k, v in self.config.items() if k in _SCHEDULE}
+        if known.get("rescale_betas_zero_snr"):  # a model that learnt from pure noise must be started there
+            known["timestep_spacing"] = "trailing"
         return DDIMScheduler(**known, clip_sample=self.clips and self.config.get("clip_sample", True), set_alpha_to_one=False)
 
     @property
@@ -76,16 +91,48 @@ class Pipe(ABC):
         """The prompt as the model's input: ids (1, length)."""
 
     @abstractmethod
-    def predict(self, x_t: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        """The UNet's output (n, c, h, w), in its own parametrisation (epsilon or v)."""
+    def denoised(self, x_t: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        """One pass of the UNet over the whole batch: what `predict` is made of."""
 
     @abstractmethod
-    def latents(self, images: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
+    def latents(self, images: Tensor, batch: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (n, c, h, w) of the latents of uint8 images (n, 3, H, W)."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 images (n, 3, H, W) on the CPU."""
+
+    # --- prediction ----------------------------------------------------------------------------------------------
+
+    def predict(self, x_t: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        """The UNet's output (n, c, h, w) in float32, in its own parametrisation (epsilon or v); `t` is one timestep or (n,).
+
+        At equal x_t, eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t. So guidance, and every target that adds predictions up
+        with weights of sum 1, means the same in both; a squared error of v weighs timestep t by 1 / alpha_bar_t against one of eps,
+        as v-prediction models are trained.
+
+        With `micro_batch`, that many samples at a time. Under gradient each part is computed again when its turn comes in the
+        backward pass, so that one part's activations are held and not the batch's: gradients add up to the whole batch's, whatever the loss.
+        """
+        if self.micro_batch is None or len(x_t) <= self.micro_batch:
+            return self._pass(x_t, t, embeddings)
+        parts = zip(*(each.split(self.micro_batch) for each in (x_t, t.expand(len(x_t)), embeddings)), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._pass(*part) for part in parts])
+        return torch.cat([checkpoint(self._pass, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])  # nothing is drawn
+
+    def _pass(self, x_t: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype):
+            return self.denoised(x_t, t, embeddings).float()
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Without micro-batches for a while: for what looks into the UNet's layers and must see a batch whole."""
+        size, self.micro_batch = self.micro_batch, None
+        try:
+            yield
+        finally:
+            self.micro_batch = size
 
     # --- weights -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
+from harness import catalogue, pipeline
 from harness.detection._rule import Rule
 from harness.engine import Engine
 from harness.errors import PreconditionError, SpecError
@@ -34,7 +35,8 @@ class Attack:
 
     Reference: OPTML-Group/Diffusion-MU-Attack@5a3e5d3. Differs from it: one index set for both rates (a prompt too
     long for the tokens is an error); DDIM and the task's sampler; special tokens are not candidates; delta starts
-    uniform. Cost of a prompt, at most: `timesteps` x `iterations` (F + B) and `timesteps` + 1 images.
+    uniform. A v-prediction model's error is one of v. Reads one text encoder's table, so it refuses SDXL. Cost
+    of a prompt, at most: `timesteps` x `iterations` (F + B) and `timesteps` + 1 images.
     """
 
     tokens: int = 3  # k; 5 in the paper for nudity
@@ -45,6 +47,7 @@ class Attack:
     seed: int = 0
 
     version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)  # its tokens are rows of one text encoder's table
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.timesteps, self.iterations) < 1:
@@ -57,6 +60,7 @@ class Attack:
 
         A success is an image in which `rule` finds `label`.
         """
+        catalogue.fits(self, pipeline.family(lineage.base))
         root, sampler = Lineage(lineage.base, lineage.task), lineage.task.sampler
         what = canonical({"attack": self, "lineage": lineage.key, "asked": asked, "sampler": sampler, "detector": detector.address, "label": label})
         what |= {} if rule == TOP else {"rule": str(rule)}

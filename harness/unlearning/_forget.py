@@ -53,7 +53,8 @@ def renamed(task: Any, forget: ImageSet) -> list[str]:
 def relabelled(pipe: Pipe, x_0: Tensor, embeddings: Tensor, rng: Generator) -> Callable[[], Tensor]:
     """MSE(eps(x_t, t, c_f), sg[eps(x_t, t, c_a)]) as a function of the weights to come; its target is taken now, without gradient.
 
-    `embeddings` holds the pairs (c_f, c_a) of `load`. Both predictions are the model's own output, so noise or v makes no difference.
+    `embeddings` holds the pairs (c_f, c_a) of `load`. Both predictions are the model's own output: on a v-prediction model
+    they are the same target, and timestep t weighs 1 / alpha_bar_t as much.
     """
     c_f, c_a = embeddings.unbind(1)
     noise = torch.randn(x_0.shape, generator=rng).to(x_0)

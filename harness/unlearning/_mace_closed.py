@@ -37,7 +37,7 @@ def coexisting(pipe: Pipe, template: str, name: str, mapping: str) -> tuple[Tens
     """
     first, f, _ = span(pipe, template, name)
     _, g, _ = span(pipe, template, mapping)
-    e_f, e_g = pipe.encode([template.replace("{}", each) for each in (name, mapping)]).double().cpu()
+    e_f, e_g = pipe.words([template.replace("{}", each) for each in (name, mapping)]).double().cpu()
     behind = len(e_f) - max(f, g)
     return torch.cat([e_f[:first], e_f[f : f + behind]]), torch.cat([e_g[:first], e_g[g : g + behind]])
 
@@ -46,7 +46,7 @@ def gram(pipe: Pipe, prompts: Sequence[str]) -> Tensor:
     """sum e e^T (d, d) over all positions of all prompts."""
     total: Tensor | float = 0.0
     for start in range(0, len(prompts), CHUNK):
-        e = pipe.encode(prompts[start : start + CHUNK]).double().cpu().flatten(0, 1)
+        e = pipe.words(prompts[start : start + CHUNK]).double().cpu().flatten(0, 1)
         total = total + e.T @ e
     return torch.as_tensor(total)
 

@@ -32,6 +32,7 @@ class Method:
     images are drawn by the base model itself, at its own size and whole; the errors are averaged over the latent's
     channels too, where it sums them for the ablation only, so that its prior of 1 is 0.25 here; the prior shares x_t.
     `lr` is what its 2e-6 becomes after it is multiplied by 2 GPUs and a batch of 4.
+    On a v-prediction model all errors are of v, the `noise` variant's and the prior's against the true v.
     """
 
     variant: Literal["model", "noise"] = "model"

@@ -27,7 +27,8 @@ class Method:
     Reference: rohitgandikota/erasing@a2189e9 (paper's code) and @25613d2 (newer). The newer code's
     `negative_guidance` equals eta + 1. Differs from them: t is the exact timestep of x_t (the paper's code draws it
     from a bucket 39-58 steps noisier); DDIM, so every timestep can be drawn; float32 weights; the model's own size. A
-    class-conditional model has no cross-attention (`trains` is u, f or selfattn): c is the class, "" its null label.
+    class-conditional model has no cross-attention (`trains` is u, f or selfattn): c is the class, "" its null label. On a
+    v-prediction model the target is the same (its weights add up to 1) and the error is one of v: timestep t weighs 1 / alpha_bar_t as much.
     """
 
     trains: str = "x"  # x, x-strict, u, f, selfattn

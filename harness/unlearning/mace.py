@@ -150,7 +150,7 @@ class Method:
             pipe.predict(x_t, t, embeddings)
             return torch.stack(lora.energies).sum()
 
-        with lora.attached():
+        with pipe.undivided(), lora.attached():  # it looks at whole batches
             try:
                 train(lora.parameters, loss, batch_at, mine, steps=self.lora_steps, lr=self.lora_lr, optimizer="adamw", weight_decay=0.01, clip=1.0)
             except PreconditionError as error:

@@ -60,7 +60,7 @@ class Method:
         weights = list(pipe.parameters(self.trains).values())
         first = uce.Method(self.guide, self.tokens, self.prompts)
         pairs = first.pairs(pipe, task)
-        prompts, wanted = (pipe.encode(side).double().cpu().flatten(0, 1) for side in zip(*pairs, strict=True))
+        prompts, wanted = (pipe.words(side).double().cpu().flatten(0, 1) for side in zip(*pairs, strict=True))
         moved, kept = first.moved(pipe, pairs), first.kept(pipe, task.retain.concepts)
         multiply(weights, self.matrix(*moved, kept, prompts, wanted, weights))
 

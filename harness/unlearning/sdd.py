@@ -33,6 +33,7 @@ class Method:
     trains on one; its README does the reverse (`sample_under="iterative", train_under="joint"`). Differs from it: an
     iterative concept is drawn and not taken in turn; t is the exact timestep of x_t (the code draws it from a
     bucket); where it denoises no step, x_t is noise (the code then takes a finished picture for noise); float32.
+    On a v-prediction model the error is one of v: timestep t weighs 1 / alpha_bar_t as much.
     """
 
     trains: str = "x"  # x, x-strict, u, f, selfattn

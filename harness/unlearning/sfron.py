@@ -38,6 +38,7 @@ class Method:
     are not clipped before they are squared; `decay` is a field, so that a run can go on; no averaging of weights (nil there). Its CIFAR losses are sums
     over 3072 values: clip 1 there is 3.3e-4 here; the mask and w_i do not depend on the scale.
     CIFAR: alpha_f=10, lam=0.5, lr=1e-4, batch=128, 150 steps, mask_guidance=2.
+    On a v-prediction model l_i is an error of v, so `adaga` balances other losses than the paper's.
     """
 
     forget: Literal["adaga", "ga", "rl"] = "adaga"

@@ -67,7 +67,7 @@ class Method:
 
     def _aligned(self, pipe: Pipe, concept: str, guide: str) -> tuple[Tensor, Tensor]:
         """One pair's vectors, aligned at the last word piece of both prompts."""
-        e, e_star = pipe.encode([concept, guide]).double().cpu()
+        e, e_star = pipe.words([concept, guide]).double().cpu()
         i, j = last_word(pipe, concept), last_word(pipe, guide)
         length = 1 if self.tokens == "last" else len(e) - max(i, j)
         return e[i : i + length], e_star[j : j + length]
@@ -75,8 +75,8 @@ class Method:
     def kept(self, pipe: Pipe, concepts: Sequence[str]) -> Tensor:
         """Vectors to keep (n, d)."""
         if self.tokens == "last":
-            return torch.stack([pipe.encode([c])[0, last_word(pipe, c)] for c in concepts]).double().cpu()
-        return pipe.encode(["", *concepts]).double().cpu().flatten(0, 1)
+            return torch.stack([pipe.words([c])[0, last_word(pipe, c)] for c in concepts]).double().cpu()
+        return pipe.words(["", *concepts]).double().cpu().flatten(0, 1)
 
 
 def last_word(pipe: Pipe, prompt: str) -> int:

@@ -1,0 +1,26 @@
+"""Models of the Hugging Face hub: local snapshots at a commit. `HF_HUB_OFFLINE` is honoured, and no pickle is ever fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.errors import SpecError
+
+SETTINGS = ("*.json", "*.txt", "*/*.json", "*/*.txt")
+PIPELINE = (*SETTINGS, "*/*.safetensors")
+
+
+def download(source: str, patterns: Sequence[str] = PIPELINE) -> Path:
+    """The snapshot of `owner/name@revision`, named by its commit, with the files that the patterns match."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        offline = constants.HF_HUB_OFFLINE
+        why = f"HF_HUB_OFFLINE is set and the cache at {constants.HF_HUB_CACHE} lacks it" if offline else error
+        where = f", or fetch it where there is a network: hf download {name}{f' --revision {revision}' if revision else ''}"
+        raise SpecError(f"cannot fetch the model '{source}': {why}. Give a local diffusers folder instead{where}") from error

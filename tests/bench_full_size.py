@@ -1,0 +1,96 @@
+"""Seconds and peak memory of one step at the full size of Stable Diffusion 1.4: `python -m tests.bench_full_size [esd] [lora] [uce]`.
+
+The UNet has SD 1.4's own configuration, 860 M parameters, and random weights; the text encoder and the autoencoder are small, but of its
+widths (77 positions of 768, latents 4x64x64). Each case runs in a process of its own and holds what the engine holds: the model,
+the trained group's weights as they were twice (for `swapped` and for `reset`), and no second UNet. What sampling adds to time is left out.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from harness.finetuning import lora
+from harness.pipeline import Pipe, StableDiffusion, group
+from harness.training import Run
+from harness.unlearning import esd, uce
+from tests import tiny
+
+SD14 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+}
+STAGES: dict[str, Callable[[], object]] = {
+    "esd": lambda: esd.Method(trains="x", steps=1, batch=1, sampler_steps=1),  # no step of sampling before: the same memory, less time
+    "lora": lambda: lora.Finetune(steps=1, batch=1, images_per_prompt=1),
+    "uce": uce.Method,
+}
+
+
+def peak() -> float:
+    """The largest memory this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def model() -> Pipe:
+    """SD 1.4's UNet with small companions."""
+    shape = {"hidden_size": 768, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 77}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=54, bos_token_id=0, eos_token_id=1, **shape))
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=(4, 4, 4, 8), **blocks, norm_num_groups=4, latent_channels=4, sample_size=512)
+    scheduler = DDIMScheduler(**tiny.SCHEDULE, clip_sample=False)
+    unet = UNet2DConditionModel(**SD14)
+    sd = StableDiffusionPipeline(vae, text, tiny.tokenizer(77), unet, scheduler, None, None, requires_safety_checker=False)
+    return StableDiffusion(sd, torch.device("cpu"))
+
+
+def step(name: str) -> dict[str, float]:
+    """One step of a stage: seconds, GB before it and at its peak, and what it moved."""
+    torch.manual_seed(0)
+    stage, pipe, task = STAGES[name](), model(), tiny.task()
+    held = peak()
+    mine = [each for each in pipe.named() if group(stage.trains)(each)]
+    pipe.remember(mine)
+    original = {each: pipe.named()[each].detach().clone() for each in mine}
+    images = {key: torch.randint(256, (len(wanted.prompts), 3, 512, 512)).to(torch.uint8) for key, wanted in stage.images(task).items()}
+    run, start = Run(0, images, original), time.perf_counter()
+    stage(pipe, task, run)
+    seconds = time.perf_counter() - start
+    moved = sum(not torch.equal(pipe.named()[each], tensor) for each, tensor in original.items()) or len(run.adapter)
+    parameters = sum(p.numel() for p in pipe.unet.parameters())
+    return {"M parameters": parameters / 1e6, "GB loaded": held, "GB peak": peak(), "seconds": seconds, "passes": pipe.passes, "tensors moved": moved}
+
+
+def main(names: list[str]) -> None:
+    """Print a line a case."""
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found = pool.submit(step, name).result()
+        print(f"{name:5}: " + ", ".join(f"{what} {value:.2f}" for what, value in found.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(STAGES))
