@@ -276,7 +276,7 @@ def test_a_job_survives_its_file(stage):
 
 def broken(change: Any) -> Any:
     """A job file with a change."""
-    data = jobfiles.describe(Job(Lineage(Base("d", "somewhere"), TASK, (uce.Method(),))))
+    data = jobfiles.describe(Job(Lineage(Base("d", "pocket"), TASK, (uce.Method(),))))
     change(data := json.loads(json.dumps(data)))
     return data
 
