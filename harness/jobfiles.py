@@ -80,7 +80,8 @@ def _stage(data: Mapping[str, Any]) -> Any:
         cls: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SpecError(f"a job names the stage '{name}', which is not here: {error}; {AGAIN}") from error
-    if not dataclasses.is_dataclass(cls) or getattr(cls, "version", None) != version:
+    known = dataclasses.is_dataclass(cls) and getattr(cls, "version", None) == version
+    if not known:
         raise SpecError(f"a job was written for version {version} of '{name}', here it is {getattr(cls, 'version', 'no stage')}; {AGAIN}")
     given = {k: _stage(v) if isinstance(v, dict) and "class" in v else tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     made: Any = cls(**given)

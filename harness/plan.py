@@ -18,8 +18,8 @@ from harness.groups import group
 from harness.jobs import Job
 from harness.spec import Base, Lineage, Sampler
 
-# One image through SD 1.x's UNet (860 M parameters, 64 x 64 latents) in float32 on one recent data-centre GPU; other models
-# in proportion to parameters times positions, but no pass is quicker than what starting its kernels takes.
+# Assumed, not measured: one image through SD 1.x's UNet (860 M parameters, 64 x 64 latents) in float32 on one recent data-centre
+# GPU; other models in proportion to parameters times positions, but no pass is quicker than starting its kernels.
 SECONDS, PARAMETERS, POSITIONS, LEAST = 0.03, 860e6, 64 * 64, 0.0005
 LEARNING = 3  # a pass that learns, forward and backward, in forward passes
 FLOAT = 4  # bytes: what trains is kept in float32

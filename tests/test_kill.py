@@ -7,6 +7,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +101,23 @@ def nursery(folder: Path, root: Lineage, phase: str) -> tuple[list[str], int]:
     engine = Engine(Store(folder / "warm"))
     engine.load(root)  # each copy of this process has the model in memory already
 
-    def at(place: Path, call: int) -> Callable[[], object]:
-        def run() -> None:
-            engine.store = Store(place)
-            phases = counted(lambda: work(engine, root), call)
-            (folder / "phases").write_bytes(phases)
+    def undisturbed(place: Path) -> None:
+        engine.store = Store(place)
+        work(engine, root)
 
-        return run
+    def disturbed(place: Path, call: int) -> None:
+        (folder / "phases").write_bytes(counted(lambda: undisturbed(place), call))
 
-    assert forked(at(folder / "whole", -1)) == 0
+    assert forked(lambda: disturbed(folder / "whole", -1)) == 0
     expected, phases = contents(folder / "whole"), (folder / "phases").read_bytes()
     rng, wrong, kills = random.Random(phase), [], 0
     calls = [call for call, place in enumerate(phases) if place == list(PHASES).index(phase)]
     for call in sorted(rng.choice(calls) for _ in range(EACH)):
         store = folder / f"{call}-{kills}"
-        kills += forked(at(store, call)) == -9
+        kills += forked(partial(disturbed, store, call)) == -9
         before = inodes(store) if store.exists() else {}
         damaged = [damage(Store(store), each) for each in artefacts(Store(store))]
-        code = forked(at(store, -1))
+        code = forked(partial(undisturbed, store))
         if code or any(damaged) or contents(store) != expected or not before.items() <= inodes(store).items():
             wrong.append(f"call {call}: exit {code}, damaged {damaged}, files {sorted(contents(store).keys() ^ expected.keys())}")
     return wrong, kills
