@@ -72,7 +72,7 @@ def converted(tensors: Mapping[str, Tensor], pipe: Any) -> dict[str, Tensor]:
     """The original code's tensors under this model's names, part by part."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-    found = {}
+    found: dict[str, Tensor] = {}
     if any(name.startswith(UNET) for name in tensors):
         found |= {f"unet.{name}": t for name, t in convert_ldm_unet_checkpoint(dict(tensors), config=pipe.unet.config).items()}
     if any(name.startswith(VAE) for name in tensors):
