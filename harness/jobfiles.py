@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness import taskfile
 from harness.errors import ResurgenceError, SpecError, StoreError
 from harness.jobs import Job, build, ordered
-from harness.spec import Base, ImageSet, Lineage, Sampler, Task, canonical
+from harness.spec import Base, ImageSet, Lineage, Sampler, canonical
 from harness.store import Store, open_store
 
 AGAIN = "write the jobs again with --plan --jobs"
@@ -35,7 +36,8 @@ def describe(job: Job) -> dict[str, Any]:
         "address": job.place[1],
         "needs": [list(need.place) for need in job.needs],
         "base": {"digest": lineage.base.digest, "source": lineage.base.source},
-        "task": canonical(lineage.task),
+        "id": lineage.task.id,
+        "task": taskfile.plain(lineage.task),
         "stages": [_plain(stage) for stage in lineage.stages],
         "images": None if wanted is None else {"prompts": list(wanted[0].prompts), "seeds": list(wanted[0].seeds), "sampler": canonical(wanted[1])},
     }
@@ -53,8 +55,7 @@ def _plain(value: Any) -> Any:
 def parse(data: Mapping[str, Any]) -> Job:
     """The job that `describe` wrote; an error if it would now make something else."""
     try:
-        task = dict(data["task"])
-        lineage = Lineage(Base(**data["base"]), Task._of(task.pop("id"), task), tuple(_stage(each) for each in data["stages"]))
+        lineage = Lineage(Base(**data["base"]), taskfile.made(data["id"], dict(data["task"])), tuple(_stage(each) for each in data["stages"]))
         images = data["images"]
         wanted = images and (ImageSet(tuple(images["prompts"]), tuple(images["seeds"])), Sampler(**images["sampler"]))
         job, place = Job(lineage, wanted), _place(data)

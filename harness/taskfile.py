@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import SpecError, unknown
-from harness.spec import Group, Sampler, Task, Tolerance, Verbatim
+from harness.spec import Group, Sampler, Task, Tolerance, Verbatim, canonical
 
 GROUPS = ("erased", "anchor", "retain", "retained")
 
@@ -17,7 +17,10 @@ GROUPS = ("erased", "anchor", "retain", "retained")
 def read(path: Path) -> Task:
     """The task in a file; the file's name is its id. `like = "other"` starts from that file beside it and replaces whole keys."""
     try:
-        return _task(path, _parsed(path))
+        data = _parsed(path)
+        if "asked" in data:
+            data["asked"] = str(path.parent / data["asked"])
+        return made(path.stem, data)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, SpecError, TypeError) as error:
         raise SpecError(f"task file {path.name}: {error}") from error
 
@@ -46,7 +49,18 @@ def _parsed(path: Path, nested: bool = False) -> dict[str, Any]:
     return {**_parsed(parent, nested=True), **data}
 
 
-def _task(path: Path, data: dict[str, Any]) -> Task:
+def plain(task: Task) -> dict[str, Any]:
+    """A task as the tables that `made` reads."""
+    data: dict[str, Any] = canonical(task)
+    groups = [(data, name, getattr(task, name)) for name in (*GROUPS, "crossed")] + [(data["finetune"], *pair) for pair in task.finetune.items()]
+    for place, name, group in groups:
+        if isinstance(group, Verbatim):
+            place[name]["verbatim"] = place[name].pop("prompts")
+    return {name: value for name, value in data.items() if name != "id" and value is not None}
+
+
+def made(id: str, data: dict[str, Any]) -> Task:
+    """The task of a file's tables; unknown, missing or ill-formed keys are SpecErrors."""
     allowed = {f.name for f in dataclasses.fields(Task)} - {"id"}
     for name in data:
         if name not in allowed:
@@ -60,10 +74,8 @@ def _task(path: Path, data: dict[str, Any]) -> Task:
     data["tolerance"] = _build(Tolerance, data.get("tolerance", {}), "tolerance")
     if "crossed" in data:
         data["crossed"] = _build(Group, data["crossed"], "crossed")
-    if "asked" in data:
-        data["asked"] = str(path.parent / data["asked"])
     data["synonyms"] = {name: tuple(also) for name, also in data.get("synonyms", {}).items()}
-    return Task(id=path.stem, **data)
+    return Task(id=id, **data)
 
 
 def _build(kind: type[Any], data: dict[str, Any], where: str) -> Any:

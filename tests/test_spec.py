@@ -405,3 +405,14 @@ MODULES = [["harness.spec"], ["harness.catalogue"], ["harness.store"], ["harness
 def test_nouns_options_and_reports_do_not_import_torch(modules):
     """Collection and reports start without torch."""
     assert answers(f"import sys, {', '.join(modules)}; print('torch' in sys.modules)") == "False"
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_task_survives_being_written_down(path):
+    """Every shipped task is the same after it went through JSON, as it does in a job file: what is verbatim stays so."""
+    from harness import taskfile
+
+    task = Task.load(path)
+    again = taskfile.made(task.id, json.loads(json.dumps(taskfile.plain(task))))
+    assert again == task
+    assert [type(getattr(again, role)) for role in taskfile.GROUPS] == [type(getattr(task, role)) for role in taskfile.GROUPS]

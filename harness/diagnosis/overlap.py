@@ -92,7 +92,7 @@ def bootstrap(f: Tensor, t: Tensor, seed: int = 0, draws: int = 1000, alpha: flo
     for rows in (f, t):
         weights = torch.stack([torch.bincount(torch.randint(len(rows), (len(rows),), generator=rng), minlength=len(rows)) for _ in range(draws)])
         means.append(weights.to(rows) @ rows / len(rows))
-    cosines = torch.nn.functional.cosine_similarity(*means, dim=1)
+    cosines = torch.nn.functional.cosine_similarity(means[0], means[1], dim=1)
     low, high = cosines.quantile(torch.tensor([alpha / 2, 1 - alpha / 2], dtype=cosines.dtype)).tolist()
     return low, high
 
