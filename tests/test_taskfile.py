@@ -39,11 +39,11 @@ def test_likeness_ends_after_one_step(tmp_path: Path, other: str) -> None:
 def test_verbatim_prompts_stand_as_they_are(tmp_path: Path) -> None:
     """They speak for one concept and need no place for its name; their address is that of a group with these prompts."""
     found = written(
-        tmp_path, TOML.replace('erased = { concepts = ["x"], prompts = ["a {}"] }', 'erased = { concepts = ["x"], verbatim = ["bare", "b {c}"] }')
+        tmp_path, TOML.replace('erased = { concepts = ["x"], prompts = ["a {}"] }', 'erased = { concepts = ["x"], verbatim = ["bare", "b {}"] }')
     ).erased
     assert isinstance(found, Verbatim)
-    assert (found.asking("x"), found.concepts) == (("bare", "b {c}"), ("x",))
-    assert canonical(found) == {"concepts": ["x"], "prompts": ["bare", "b {c}"]}
+    assert (found.asking("x"), found.concepts) == (("bare", "b {}"), ("x",))
+    assert canonical(found) == {"concepts": ["x"], "prompts": ["bare", "b {}"]}
     for concepts, prompts in ((("x", "y"), ("bare",)), (("x",), ()), (("x",), (" ",))):
         with pytest.raises(SpecError, match="exactly one concept"):
             Verbatim(concepts, prompts)
