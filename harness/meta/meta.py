@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from harness.data import Captioned
+from harness.devices import DTYPE
 from harness.errors import SpecError
 from harness.meta import _gradient
 from harness.pipeline import Pipe
@@ -95,6 +96,8 @@ class Method:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
+        if self.order == "hvp" and pipe.dtype != torch.float32:
+            raise SpecError(f"order 'hvp' takes differences of gradients, which {pipe.dtype} rounds away; set {DTYPE}=float32, or take order=exact")
         if self.gamma_2 or self.gamma_1 != 1:
             run.extra = self._extra(pipe, task, run)
         try:
