@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness import devices, pipeline, sampling
 from harness.errors import PreconditionError, SpecError
-from harness.meta import _gradient
+from harness.meta import _gradient, meta
 from harness.pipeline import Pipe, identify
 from harness.spec import Sampler
 from harness.training import Run, train
@@ -113,6 +113,13 @@ def test_meta_gradients_add_up_too(pipe, order):
         found.append([p.grad.clone() for p in parameters])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=2e-2 if order == "hvp" else 1e-3, atol=1e-5)
+
+
+def test_differences_of_gradients_need_float32(pipe):
+    """What bfloat16 rounds away is larger than the difference: meta-unlearning's `hvp` refuses, before anything is learnt."""
+    pipe.dtype = torch.bfloat16
+    with pytest.raises(SpecError, match=r"order 'hvp' takes differences .* set RESURGENCE_DTYPE=float32, or take order=exact"):
+        meta.Method(steps=1, order="hvp")(pipe, TASK, Run(0))
 
 
 def test_mace_looks_at_whole_batches(pipe):

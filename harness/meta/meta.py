@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from harness import catalogue
 from harness.data import Captioned
+from harness.devices import DTYPE
 from harness.errors import SpecError
 from harness.meta import _gradient
 from harness.pipeline import Pipe
@@ -103,6 +104,8 @@ class Method:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Edit the group `trains` in place."""
+        if self.order == "hvp" and pipe.dtype != torch.float32:
+            raise SpecError(f"order 'hvp' takes differences of gradients, which {pipe.dtype} rounds away; set {DTYPE}=float32, or take order=exact")
         if self.gamma_2 or self.gamma_1 != 1:
             run.extra = self._extra(pipe, task, run)
         try:
