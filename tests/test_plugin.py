@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -22,6 +23,7 @@ SUITE = ROOT / "suites" / "celebrity"
 CONFTEST = f"""
 import dataclasses, json, os, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
 import pytest
 import fixtures.claims
@@ -414,3 +416,25 @@ def test_the_plugin_is_inert_elsewhere(pytester):
 
     assert result.ret == 0
     assert not (pytester.path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"dist": "loadgroup", "plan": False, "jobs": None}, "hangs when a worker dies"), ({"dist": "no", "plan": False, "jobs": "jobs"}, "add --plan")],
+    ids=["loadgroup", "jobs"],
+)
+def test_what_would_hang_or_do_nothing_is_refused(given, says):
+    """A way of sharing tests that hangs after a crash, and job files without a plan."""
+    from fixtures.plugin import pytest_cmdline_main
+
+    with pytest.raises(pytest.UsageError, match=says):
+        pytest_cmdline_main(SimpleNamespace(option=SimpleNamespace(**given)))
+
+
+def test_a_plan_needs_no_workers():
+    """-n is taken back."""
+    from fixtures.plugin import pytest_cmdline_main
+
+    option = SimpleNamespace(dist="load", tx=["popen"] * 2, numprocesses=2, plan=True, jobs=None)
+    pytest_cmdline_main(SimpleNamespace(option=option))
+    assert (option.dist, option.tx, option.numprocesses) == ("no", [], 0)
