@@ -37,41 +37,63 @@ TRIALS = {
     ],
     "dimum": [f"dimum:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("1e-4", 150), ("2e-4", 60), ("2e-4", 100))],
     "sdd": [
-        f"sdd:batch=8:sampler_steps=6:decay=0.97:corrected=true:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("2e-4", 100), ("3e-4", 100), ("2e-4", 200))
+        f"sdd:batch=8:sampler_steps=6:decay=0.97:corrected=true:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("2e-4", 100), ("3e-4", 100), ("2e-4", 200), ("2e-4", 120), ("15e-5", 150), ("25e-5", 80))
     ],
     "ca": [
         *(f"ca:{SHORT}:lr={lr}:steps={n}" for lr, n in (("3e-4", 100), ("1e-3", 100))),
+        *(f"ca:{SHORT}:lr={lr}:steps={n}" for lr, n in (("4e-4", 100), ("5e-4", 100), ("7e-4", 100), ("3e-4", 200), ("3e-4", 150))),
+        *(f"ca:{SHORT}:prior=1:lr={lr}:steps=100" for lr in ("5e-4", "7e-4")),
         *(f"ca:{SHORT}:trains=f:detach_start=false:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("2e-4", 100))),
     ],
-    "ga": [f"ga:{SHORT}:clip=1:lam={lam}:lr={lr}:steps={n}" for lam, lr, n in ((1, "3e-5", 50), (5, "1e-4", 50), (20, "1e-4", 50), (20, "1e-4", 100))],
+    "ga": [
+        f"ga:{SHORT}:clip=1:lam={lam}:lr={lr}:steps={n}"
+        for lam, lr, n in (
+            (1, "3e-5", 50), (5, "1e-4", 50), (20, "1e-4", 50), (20, "1e-4", 100), (1, "5e-5", 50), (1, "3e-5", 80), (0.5, "1e-4", 50), (0.3, "1e-4", 100),
+            (0.2, "3e-4", 50), (0.1, "3e-4", 100), (1, "3e-5", 65), (0.05, "3e-4", 50), (0.1, "1e-4", 100), (0.03, "3e-4", 100), (0.1, "1e-4", 200), (0.2, "1e-4", 100), (0.1, "1e-4", 150),
+        )
+    ],
     "rece": [
         f"rece:prompts={how}:ridge={ridge}:preserve={keep}:rece_ridge={again}:epochs={n}"
         for how, ridge, keep, again, n in (
             ("name", 100, 0.1, 100, 3), ("name", 30, 0.1, 100, 1), ("task", 100, 1, 100, 3), ("task", 300, 1, 300, 3), ("task", 100, 1, 1000, 1),
+            ("name", 300, 0.1, 300, 1), ("name", 300, 0.1, 1000, 1), ("name", 300, 0.1, 3000, 1), ("name", 300, 0.1, 3000, 3),
+            ("name", 300, 0.1, 10000, 3), ("name", 500, 0.1, 1000, 1), ("name", 500, 0.1, 3000, 3),
+            ("name", 300, 0.1, 10000, 1), ("name", 300, 0.1, 30000, 1), ("name", 500, 0.1, 3000, 1), ("name", 500, 0.1, 10000, 1), ("name", 1000, 0.1, 3000, 1),
+            ("name", 1000, 0.1, 10000, 1),
         )
     ],
     "mace": [
         *(f"mace:segmenter=border:lora_steps=0:lam1={lam}:lam2={lam}" for lam in ("1e-4", "1e-2", 1)),
         *(
             f"mace:segmenter=border:lora_steps=50:lora_batch=8:tokens={tokens}:lora_lr={lr}:lam1={lam}:lam2={lam}"
-            for tokens, lr, lam in (("phrase", "1e-2", "1e-2"), ("tail", "1e-2", "1e-2"), ("tail", "1e-2", 1), ("tail", "1e-3", 1))
+            for tokens, lr, lam in (("phrase", "1e-2", "1e-2"), ("tail", "1e-2", "1e-2"), ("tail", "1e-2", 1), ("tail", "1e-3", 1),
+                ("tail", "1e-3", 10), ("tail", "1e-3", 100), ("tail", "1e-4", 10), ("tail", "1e-4", 100), ("tail", "1e-4", 1000), ("phrase", "1e-3", 100),
+                ("tail", "1e-3", 30), ("tail", "3e-3", 30), ("tail", "3e-3", 100), ("phrase", "3e-3", 30), ("tail", "1e-4", 30))
         ),
     ],
-    "salun": [f"salun:{SHORT}:alpha=1:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("3e-4", 50), ("3e-4", 100))],
+    "salun": [
+        *(f"salun:{SHORT}:alpha=1:lr={lr}:steps={n}" for lr, n in (("1e-4", 100), ("3e-4", 50), ("3e-4", 100), ("5e-4", 100), ("3e-4", 200), ("1e-3", 100))),
+        *(f"salun:{SHORT}:alpha=0.3:lr={lr}:steps={n}" for lr, n in (("3e-4", 150), ("5e-4", 100), ("5e-4", 150))),
+    ],
     "shs": [
         f"shs:{SHORT}:sparsity={keep}:lam={lam}:lr={lr}:steps={n}"
-        for keep, lam, lr, n in ((0.995, 1, "1e-4", 100), (0.995, 1, "3e-4", 100), (0.98, 1, "3e-4", 100))
+        for keep, lam, lr, n in ((0.995, 1, "1e-4", 100), (0.995, 1, "3e-4", 100), (0.98, 1, "3e-4", 100),
+            (0.9999, 1, "3e-4", 100), (0.9999, 0.3, "3e-4", 200), (0.9995, 0.3, "3e-4", 200), (0.9999, 1, "1e-4", 200), (0.99998, 1, "3e-4", 150),
+        )
     ],
     "erasediff": [
         f"erasediff:{SHORT}:{how}:lr={lr}:steps={n}"
         for how, lr, n in (
             ("barrier=gradient:eta=1", "1e-4", 100), ("barrier=gradient:eta=1", "3e-4", 60),
             ("barrier=constant:lam=1", "1e-4", 100), ("barrier=constant:lam=1", "3e-4", 60),
+            ("barrier=gradient:eta=2", "3e-4", 60), ("barrier=gradient:eta=1", "3e-4", 100), ("barrier=gradient:eta=1", "2e-4", 150),
+            ("barrier=gradient:eta=0.5", "3e-4", 150), ("barrier=gradient:eta=1", "5e-4", 60),
         )
     ],
     "sfron": [
         f"sfron:{SHORT}:forget={how}:alpha_f={forget}:lr={lr}:decay={n}:steps={n}"
-        for how, forget, lr, n in (("rl", 1, "1e-4", 100), ("rl", 1, "3e-4", 60), ("adaga", 0.3, "1e-4", 100), ("adaga", 0.1, "3e-4", 60))
+        for how, forget, lr, n in (("rl", 1, "1e-4", 100), ("rl", 1, "3e-4", 60), ("adaga", 0.3, "1e-4", 100), ("adaga", 0.1, "3e-4", 60),
+            ("rl", 1, "3e-4", 100), ("rl", 1, "3e-4", 200), ("rl", 1, "5e-4", 100), ("rl", 3, "5e-4", 100), ("adaga", 1, "5e-5", 100), ("adaga", 1, "3e-5", 100))
     ],
 }  # fmt: skip
 
