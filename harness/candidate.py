@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness import pipeline, single_file
+from harness import hub, pipeline, single_file
 from harness.errors import StoreError
 from harness.families.class_conditional import CLASSES
-from harness.hub import PIPELINE, SETTINGS, download
 from harness.pipeline import PICKLES, ClassConditional, Pipe, StableDiffusion, StableDiffusionXL
 from harness.spec import Base, ImageSet, sha256
 from harness.training import Run
@@ -55,11 +54,11 @@ class Candidate:
         if place.suffix in PICKLES:
             raise StoreError(f"'{path}' is a pickle, which can run code when opened; save it as .safetensors")
         if not place.exists():
-            if path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") != 1 or place.suffix == ".safetensors":
+            if not hub.named(path):
                 raise StoreError(
                     f"'{path}' does not exist; a candidate is a .safetensors file, a diffusers folder, a UNet folder, or a hub id such as owner/name"
                 )
-            return cls(f"{path.partition('@')[0]}@{_fetched(path).name}", path)
+            return cls(f"{path.partition('@')[0]}@{hub.snapshot(path).name}", path)
         if place.is_file() and place.suffix != ".safetensors":
             raise StoreError(f"'{path}' is no .safetensors file; a candidate is that, a diffusers folder or a UNet folder")
         return cls(pipeline.folder_digest(place) if place.is_dir() else sha256(place), path)
@@ -70,17 +69,11 @@ class Candidate:
 
     def __call__(self, pipe: Pipe, task: Any, run: Run) -> None:
         """Overwrite the weights, after checking every name, shape and value."""
-        place = Path(self.path) if Path(self.path).exists() else _only(_fetched(self.path), self.path)
+        place = Path(self.path) if Path(self.path).exists() else _only(hub.snapshot(self.path), self.path)
         tensors = _folder(place, str(place), pipe) if place.is_dir() else _file(place, pipe)
         if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
             raise StoreError(f"the candidate's '{broken[0]}' holds NaN or infinite values; {len(broken)} such tensors in '{self.path}'")
         pipe.apply(tensors)
-
-
-def _fetched(source: str) -> Path:
-    """The hub's snapshot: a pipeline's parts, or whatever safetensors stand alone."""
-    whole = (download(source, SETTINGS) / "model_index.json").is_file()
-    return download(source, PIPELINE if whole else (*SETTINGS, "*.safetensors"))
 
 
 def _only(folder: Path, source: str) -> Path:

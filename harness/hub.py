@@ -11,6 +11,18 @@ SETTINGS = ("*.json", "*.txt", "*/*.json", "*/*.txt")
 PIPELINE = (*SETTINGS, "*/*.safetensors")
 
 
+def named(source: str) -> bool:
+    """Whether this reads as `owner/name` or `owner/name@revision`, and not as a path."""
+    name = source.partition("@")[0]
+    return name.count("/") == 1 and not source.startswith((".", "/", "~")) and not name.endswith(".safetensors")
+
+
+def snapshot(source: str) -> Path:
+    """The hub's snapshot of a candidate: a pipeline's parts, or whatever safetensors stand alone."""
+    whole = (download(source, SETTINGS) / "model_index.json").is_file()
+    return download(source, PIPELINE if whole else (*SETTINGS, "*.safetensors"))
+
+
 def download(source: str, patterns: Sequence[str] = PIPELINE) -> Path:
     """The snapshot of `owner/name@revision`, named by its commit, with the files that the patterns match."""
     from huggingface_hub import constants, snapshot_download

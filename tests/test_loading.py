@@ -323,3 +323,18 @@ def test_a_candidate_of_another_family_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"which this model does not have|this model needs"):
         bring(pipe, tmp_path)
     assert differing(before, weights(pipe)) == set()
+
+
+def test_a_hub_id_is_a_candidate_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of the hub passes where a missing path is refused; the report lists the snapshot's files, its address is the commit."""
+    from fixtures import controller
+    from tests.test_options import parsed
+
+    assert parsed("--candidate", "owner/name@1").candidate == "owner/name@1"
+    with pytest.raises(SpecError, match="does not exist"):
+        parsed("--candidate", "./owner/name")
+    snapshot = tiny.save(tmp_path / "c0ffee")
+    monkeypatch.setattr("harness.hub.snapshot", lambda source: snapshot)
+    files, address = controller.subjects("owner/name@1")
+    assert address == "owner/name@c0ffee"
+    assert "unet/diffusion_pytorch_model.safetensors" in files
