@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -122,7 +122,9 @@ class Pipe(ABC):
         return torch.cat([checkpoint(self._pass, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])  # nothing is drawn
 
     def _pass(self, x_t: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype):
+        if self.dtype == torch.float32:
+            return self.denoised(x_t, t, embeddings)
+        with torch.autocast(self.device.type, self.dtype):
             return self.denoised(x_t, t, embeddings).float()
 
     @contextmanager
