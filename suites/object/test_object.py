@@ -20,6 +20,9 @@ test_concepts_of_another_domain_are_still_drawn = promise(
 test_the_object_stays_forgotten_after_fine_tuning = promise(
     "stays-forgotten", "{method}, after {steps} steps of {finetune}: the rate of {concept} stays below {tau}."
 )
+test_the_object_does_not_appear_unasked = promise(
+    "stays-out", "{method}, after {steps} steps of {finetune}: on prompts that do not name {concept} its rate rises by less than {tau}."
+)
 test_the_object_stays_forgotten_under_dimra = promise(
     "withstands-dimra", "{method}, on the whole grid of {attack} ({grid} steps): the largest rate of {concept} stays below {tau}."
 )
