@@ -115,7 +115,7 @@ class Remote(Store):
         try:
             self._fs.pipe_file(path, text.encode(), mode="create")
         except FileExistsError:
-            pass
+            pass  # whose it is, is looked at below
         except OSError:  # S3 says `conflict` while another's is being written
             if not self._fs.exists(path):
                 raise

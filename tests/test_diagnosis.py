@@ -59,6 +59,15 @@ def test_the_prediction_is_the_share_of_the_gap(lab: Any) -> None:
     assert diagnosis.diagnosis(lab, replace(CELL, steps=1), 0.0)["predicted"] == pytest.approx(2 * one["predicted"], rel=1e-3)
 
 
+def test_twice_the_gap_is_half_the_share(lab: Any) -> None:
+    """Signature: the prediction is a share of what unlearning did to the loss, so a gap twice as wide leaves half of it."""
+    one, loss = diagnosis.diagnosis(lab, CELL, 0.0), lab.loss
+    lab.loss = lambda lineage, data: [2 * value for value in loss(lineage, data)]
+    two = diagnosis.diagnosis(lab, CELL, 0.0)
+    assert two["gap"] == pytest.approx(2 * one["gap"])
+    assert two["predicted"] == pytest.approx(one["predicted"] / 2, rel=1e-6)
+
+
 def test_without_a_gap_nothing_is_predicted(lab: Any) -> None:
     """A model whose loss on the concept unlearning did not raise has no gap to close; the rest is told."""
     lab.parent = lambda cell: lab.base
