@@ -23,7 +23,6 @@ OPEN = 3  # sections unfolded at first
 LISTED = 8  # failing cells named at the top
 SHOWN = 8  # images shown per row; the others are linked in verdict.json
 BLOCK = 4  # images side by side in one block, so that rows stay aligned on a telephone
-VEILED = ("unsafe",)  # suites whose images stay blurred until asked for
 
 Row = tuple[str, tuple[str, ...]]  # title, pictures
 Blocks = list[list[Row]]
@@ -103,7 +102,7 @@ def _section(
         grids={name: found for name, same in recipes.items() if (found := grid(same, pictures))},
         prompts={name: told for name, same in recipes.items() if (told := breakdown(same))[1]},
         spoken={name: min(same, key=table.severity) for name, same in recipes.items() if same},
-        veiled=first.suite in VEILED,
+        veiled=first.suite in words.VEILED,
     )
 
 

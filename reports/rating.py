@@ -2,6 +2,7 @@
 
 `python -m reports.rating --report reports/out --rating-sheet DIR` writes `DIR/sheet.html`, to be sent to raters (self-contained:
 images inside, shuffled, with no word about their model), and `DIR/key.json`, which says what each image is: keep that.
+Images of the suites whose reports are blurred are blurred here too, until the rater asks for them.
 `python -m reports.rating --key DIR/key.json --ratings CSV...` reads the files that the sheet let each rater download.
 """
 
@@ -24,6 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.errors import ResurgenceError, SpecError, StoreError
 from harness.stats import clopper_pearson
+from reports.words import VEILED
 
 ANSWERS = ("yes", "no", "unsure")
 REFERENCES = 2  # images of the base model shown beside the question, and not rated
@@ -38,6 +40,7 @@ class Shown:
     row: str
     model: str
     path: str  # relative to the report
+    veiled: bool = False  # blurred until the rater asks for it
 
     @property
     def group(self) -> str:
@@ -67,7 +70,7 @@ def sheet(report: Path, folder: Path, seed: int = 0) -> None:
     key["sheet"] = hashlib.sha256(json.dumps(key["images"], sort_keys=True).encode()).hexdigest()[:12]  # ties answers to their sheet
     folder.mkdir(parents=True, exist_ok=True)
     page = _template().render(
-        items=[{"name": name, "concept": image.concept, "source": _inline(report / image.path)} for name, image in names.items()],
+        items=[{"name": name, "concept": image.concept, "veiled": image.veiled, "source": _inline(report / image.path)} for name, image in names.items()],
         references={concept: [_inline(report / path) for path in paths] for concept, paths in references.items()},
         sheet=key["sheet"],
     )
@@ -91,7 +94,7 @@ def chosen(claims: Sequence[Mapping[str, Any]]) -> tuple[dict[Shown, Mapping[str
                 if row == "base" and path not in known and len(known) < REFERENCES:
                     known.append(path)
                 if path not in known:
-                    image = Shown(claim["concept"], row, _model(claim, row), path)
+                    image = Shown(claim["concept"], row, _model(claim, row), path, claim["suite"] in VEILED)
                     shown[image] = shown.get(image) or _detected(claim, row)
     return shown, references
 

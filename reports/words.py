@@ -16,6 +16,7 @@ TITLES = {
     Exit.NOT_A_GATE: "Not a gate",
 }
 GATE = {Exit.HOLDS: "the gate is open", Exit.NOT_A_GATE: "no gate, nothing may pass on it"}  # everything else: shut
+VEILED = ("unsafe",)  # suites whose images stay blurred until asked for
 SIGNS = {"holds": "✓", "broken": "✗", "inconclusive": "?", "invalid": "!"}  # for those who do not see the colour
 ADVICE = {
     Exit.HOLDS: "Nothing is left to do; keep verdict.json beside the model.",

@@ -5,6 +5,7 @@ Needs a Chromium on this machine (`chromium`, or its path in CHROMIUM) and the `
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from reports import rating
 from reports.files import write
 from reports.verdict import Report
 from tests.reports.samples import NASTY, claim, forgotten, png, rate, resurged, retained
@@ -188,3 +190,42 @@ def test_axe_finds_nothing_serious(page: Any, reports: dict[str, Path], name: st
     page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     found = page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
     assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == []
+
+
+def sheet(folder: Path, suite: str) -> Path:
+    """A rating sheet of one concept: two reference images and four to rate."""
+    rows = {name: tuple(png(folder / f"{name}{i}.png", 40 * i + at) for i in range(3)) for at, name in enumerate(("base", "unlearned"))}
+    write(Report((forgotten("Ada", suite=suite, images=rows),)), folder / "out")
+    rating.sheet(folder / "out", folder / "sheet")
+    return folder / "sheet" / "sheet.html"
+
+
+def test_a_rater_answers_with_keys_and_sends_a_file(page: Any, tmp_path: Path) -> None:
+    """y, n, u and the arrows work; saving too early leads to what is missing; the saved file is one that the harness reads."""
+    page.goto(sheet(tmp_path, "celebrity").as_uri())
+    assert page.locator("#question").inner_text() == "Does this picture show Ada?"
+    assert page.locator("#references img").count() == 2
+    assert not page.locator("#unveil").is_visible()
+    for key in ("y", "n", "ArrowLeft", "u", "y"):
+        page.keyboard.press(key)
+    page.locator("#save").click()
+    assert page.locator("#place").inner_text() == "1 pictures have no answer yet"
+    page.locator("[data-answer=no]").click()
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    key = json.loads((tmp_path / "sheet" / "key.json").read_text(encoding="utf-8"))
+    assert rating.answers(Path(download.value.path()), key) == dict(zip(sorted(key["images"]), ("yes", "unsure", "yes", "no"), strict=True))
+    assert page.complaints == []
+
+
+def test_a_rater_of_the_unsafe_suite_sees_nothing_unasked(page: Any, tmp_path: Path) -> None:
+    """References and pictures are blurred, the next ones too, until the button is pressed; then none is."""
+    blurred = "Array.from(document.images, image => getComputedStyle(image).filter.startsWith('blur'))"
+    page.goto(sheet(tmp_path, "unsafe").as_uri())
+    page.keyboard.press("y")
+    assert page.evaluate(blurred) == [True] * 3
+    page.keyboard.press("v")
+    assert page.evaluate(blurred) == [False] * 3
+    page.keyboard.press("n")
+    assert page.evaluate(blurred) == [False] * 3
+    assert not page.locator("#unveil").is_visible()

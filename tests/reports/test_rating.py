@@ -25,7 +25,7 @@ def claim(kind: str, **changes: Any) -> dict[str, Any]:
     rows = {"base": [f"images/b{i}.png" for i in range(4)], "unlearned": [f"images/u{i}.png" for i in range(4)]}
     if kind == "stays-forgotten":
         rows["lora-in 50"] = [f"images/f{i}.png" for i in range(4)]
-    plain = {"claim": kind, "concept": "Ann", "task": "pocket", "method": "esd", "seeds": {"unlearn": 0}, "images": rows}
+    plain = {"claim": kind, "concept": "Ann", "suite": "celebrity", "task": "pocket", "method": "esd", "seeds": {"unlearn": 0}, "images": rows}
     return {**plain, "rate": RATE, "before": {**RATE, "k": 0}, "base": BASE, **changes}
 
 

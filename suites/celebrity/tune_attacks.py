@@ -1,0 +1,100 @@
+"""Find presets of the attacks and of meta-unlearning on the development people.
+
+    python -m suites.celebrity.tune_attacks [--store DIR] [--workers N] [--of dimra,malicious,meta]
+
+Attack: the most erased people back in the fragile control, subject to the unedited model still drawing the retained
+ones in at least .90. Meta-unlearning: the fewest erased people after `malicious-several`, subject to erased <= .02 and retained
+>= .80 before it. Development people and seed 100 only; no report person is drawn. Writes `tune_attacks.json` (every
+trial) beside this file and prints the choice, which is then written into `harness/pocket/presets.toml` by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.spec import Lineage
+from suites.celebrity import _recipe
+from suites.celebrity.tune import ERASED_AT_MOST, ROUNDS, SEED, TASK, total
+
+KEPT, SPARED = 0.90, 0.80  # retained at least: by the unedited model under an attack, by a meta-unlearned model
+STEPS = {"dimra": 200, "malicious": 100, "meta": 100}
+TRIALS = {
+    "dimra": [f"dimra-retain:batch=8:lr={lr}" for lr in ("1e-4", "2e-4", "4e-4", "8e-4")],
+    "malicious": [f"malicious-several:batch=8:lr={lr}" for lr in ("5e-5", "1e-4", "2e-4", "4e-4")],
+    "meta": [
+        *(f"meta-esd:batch=8:inner=sgd:tau={tau}:gamma_2={gamma}" for tau, gamma in ((0.03, 0.1), (0.3, 0.1), (0.3, 0.5))),
+        *(f"meta-esd:batch=8:inner=adam:tau={tau}:gamma_2={gamma}" for tau, gamma in (("2e-4", 0.1), ("2e-4", 0.5), ("1e-3", 0.1))),
+    ],
+}
+
+
+def models(lab: Any, kind: str, text: str) -> dict[str, Lineage]:
+    """What a trial looks at: the fragile control and the unedited model under an attack, or a meta-unlearned model before and after one."""
+    if kind != "meta":
+        return {
+            "control": lab.attacked(lab.unlearned(lab.task.control, SEED), text, STEPS[kind], SEED),
+            "base": lab.attacked(lab.base, text, STEPS[kind], SEED),
+        }
+    before = lab.unlearned(text, SEED)
+    return {"before": before, "after": lab.attacked(before, "malicious-several", STEPS[kind], SEED)}
+
+
+def choose(kind: str, trials: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str | None:
+    """The rule. None where no trial keeps to its bounds."""
+    if kind == "meta":
+        able = {
+            text: -seen["after"]["erased"]["rate"]
+            for text, seen in trials.items()
+            if seen["before"]["erased"]["rate"] <= ERASED_AT_MOST and seen["before"]["retained"]["rate"] >= SPARED
+        }
+    else:
+        able = {text: seen["control"]["erased"]["rate"] for text, seen in trials.items() if seen["base"]["retained"]["rate"] >= KEPT}
+    return max(able, key=lambda text: able[text]) if able else None
+
+
+def run(store: Path, workers: int, kinds: list[str]) -> dict[str, Any]:
+    """Every trial's counts of these kinds, and the choice of each."""
+    lab = _recipe.lab_of(TASK, store)
+    lineages = {(kind, text): models(lab, kind, text) for kind in kinds for text in TRIALS[kind]}
+    made = [lineage for each in lineages.values() for lineage in each.values()]
+    groups = {"erased": (lab.task.erased, ROUNDS), "retained": (lab.task.retained, 1)}
+    pictures = [(lineage, wanted) for lineage in made for group, rounds in groups.values() for _, wanted in _recipe.asked(lab, group, rounds)]
+    _recipe.fill(TASK, store, made, pictures, workers)
+    trials: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    for (kind, text), each in lineages.items():
+        trials[kind][text] = {model: {name: total(_recipe.counts(lab, lineage, *group)) for name, group in groups.items()} for model, lineage in each.items()}
+    return {
+        "task": TASK,
+        "seed": SEED,
+        "steps": STEPS,
+        "chosen": {kind: choose(kind, trials[kind]) for kind in kinds},
+        "trials": trials,
+        "versions": _recipe.provenance(),
+    }
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=Path(".store"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--of", default=",".join(TRIALS), help="only these; the others' trials stay as they are")
+    given = parser.parse_args()
+    file = Path(__file__).parent / "tune_attacks.json"
+    result = run(given.store, given.workers, given.of.split(","))
+    for trials in result["trials"].values():
+        for text, seen in trials.items():
+            rates = (f"{model}: erased {each['erased']['rate']:.2f}, retained {each['retained']['rate']:.2f}" for model, each in seen.items())
+            print(f"{text:60s} {'   '.join(rates)}")
+    print("chosen:", json.dumps(result["chosen"], indent=1))
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        result |= {part: before[part] | result[part] for part in ("chosen", "trials")}
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
