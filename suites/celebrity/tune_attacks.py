@@ -3,8 +3,8 @@
     python -m suites.celebrity.tune_attacks [--store DIR] [--workers N] [--of dimra,malicious,meta]
 
 Attack: the most erased people back in the fragile control, subject to the unedited model still drawing the retained
-ones in at least .90. Meta-unlearning: the fewest erased people after `malicious-several`, subject to erased <= .02 and retained
->= .80 before it. Development people and seed 100 only; no report person is drawn. Writes `tune_attacks.json` (every
+ones in at least .90. Meta-unlearning: the fewest erased people after an attack at a rate at which the fragile control is
+neither held nor all back, subject to erased <= .02 and retained >= .80 before it. Development people and seed 100 only; no report person is drawn. Writes `tune_attacks.json` (every
 trial) beside this file and prints the choice, which is then written into `harness/pocket/presets.toml` by hand.
 """
 
@@ -20,6 +20,7 @@ from suites.celebrity import _recipe
 from suites.celebrity.tune import ERASED_AT_MOST, ROUNDS, SEED, TASK, total
 
 KEPT, SPARED = 0.90, 0.80  # retained at least: by the unedited model under an attack, by a meta-unlearned model
+AFTER = "malicious-several:batch=8:lr=5e-5"  # brings .76 of the fragile control back; all trials above it bring everything
 STEPS = {"dimra": 200, "malicious": 100, "meta": 100}
 TRIALS = {
     "dimra": [f"dimra-retain:batch=8:lr={lr}" for lr in ("1e-4", "2e-4", "4e-4", "8e-4")],
@@ -39,7 +40,7 @@ def models(lab: Any, kind: str, text: str) -> dict[str, Lineage]:
             "base": lab.attacked(lab.base, text, STEPS[kind], SEED),
         }
     before = lab.unlearned(text, SEED)
-    return {"before": before, "after": lab.attacked(before, "malicious-several", STEPS[kind], SEED)}
+    return {"before": before, "after": lab.attacked(before, AFTER, STEPS[kind], SEED)}
 
 
 def choose(kind: str, trials: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str | None:
