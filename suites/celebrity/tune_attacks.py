@@ -27,7 +27,7 @@ TRIALS = {
     "malicious": [f"malicious-several:batch=8:lr={lr}" for lr in ("5e-5", "1e-4", "2e-4", "4e-4")],
     "meta": [
         *(f"meta-esd:batch=8:inner=sgd:tau={tau}:gamma_2={gamma}" for tau, gamma in ((0.03, 0.1), (0.3, 0.1), (0.3, 0.5))),
-        *(f"meta-esd:batch=8:inner=adam:tau={tau}:gamma_2={gamma}" for tau, gamma in (("2e-4", 0.1), ("2e-4", 0.5), ("1e-3", 0.1))),
+        *(f"meta-esd:batch=8:inner=adam:tau={tau}:gamma_2={gamma}" for tau, gamma in (("2e-4", 0.1), ("2e-4", 0.5), ("1e-3", 0.1), ("2e-4", 1), ("2e-4", 2))),
     ],
 }
 
