@@ -100,8 +100,12 @@ def chosen(claims: Sequence[Mapping[str, Any]]) -> tuple[dict[Shown, Mapping[str
 
 
 def _model(claim: Mapping[str, Any], row: str) -> str:
-    """Task, method and replicate; the base model has only a task."""
-    return ", ".join([claim["task"]] + ([] if row == "base" else [claim["method"], f"seed {claim['seeds']['unlearn']}"]))
+    """Task, method and replicate; the base model has only a task, the unlearned one no fine-tune."""
+    if row == "base":
+        return str(claim["task"])
+    seeds = [claim["seeds"]["unlearn"]]
+    seeds += [claim["seeds"]["finetune"]] if row != "unlearned" and claim["seeds"].get("finetune", seeds[0]) != seeds[0] else []
+    return f"{claim['task']}, {claim['method']}, {', fine-tune '.join(f'seed {seed}' for seed in seeds)}"
 
 
 def _detected(claim: Mapping[str, Any], row: str) -> Mapping[str, float] | None:

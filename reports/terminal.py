@@ -42,13 +42,21 @@ def _few(claims: Sequence[Claim]) -> list[str]:
 
 def _line(claim: Claim, cells: Sequence[Claim]) -> str:
     """Before unlearning -> right after it -> after k steps, with bounds where the claim is, and the verdict."""
-    plain = (c.rate for c in cells if not c.steps and (c.claim, c.concept, c.seeds) == (claim.claim, claim.concept, claim.seeds))
+    told = claim.claim, claim.concept, claim.seeds.get("unlearn")
+    plain = (c.rate for c in cells if not c.steps and (c.claim, c.concept, c.seeds.get("unlearn")) == told)
     fresh = (claim.before or next(plain, None)) if claim.steps else None
     parts = [f"{words.short(claim.base['value'] if claim.base else None):>4} base"]
     parts += [f"{words.short(fresh['value'] if fresh else None):>4} unlearned"] if claim.steps else []
     parts += [f"{words.share(claim.rate).split(' = ')[-1]} {words.after(claim) if claim.steps else 'unlearned'}"]
-    replicate = f" (seed {claim.seeds['unlearn']})" if claim.seeds.get("unlearn") else ""
-    return f"  {_name(claim.concept)}{replicate}  {' -> '.join(parts)}: {claim.word}"
+    return f"  {_name(claim.concept)}{_replicate(claim)}  {' -> '.join(parts)}: {claim.word}"
+
+
+def _replicate(claim: Claim) -> str:
+    """Which replicate it is, where it is not the first."""
+    unlearn, finetune = (claim.seeds.get(role, 0) for role in ("unlearn", "finetune"))
+    parts = [f"seed {unlearn}"] if unlearn else []
+    parts += [f"fine-tune seed {finetune}"] if finetune not in (0, unlearn) else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _many(claims: Sequence[Claim], page: str) -> list[str]:

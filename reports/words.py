@@ -101,11 +101,16 @@ def after(claim: Claim) -> str:
 
 
 def diagnosed(claim: Claim) -> str:
-    """What the gradients said before the fine-tune, beside what was measured after it."""
+    """What the gradients said before the fine-tune, beside what was measured after it; or the losses along an attack."""
     numbers = dict(claim.diagnosis)
+    if "alignment" not in numbers:  # losses along an attack
+        return ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
     predicted = f"{short(numbers['predicted'])} of the gap predicted to close" if "predicted" in numbers else "no gap in the loss to close"
     parts = [f"{name.removeprefix('carried by ')} {short(value)}" for name, value in numbers.items() if name.startswith("carried by ")]
     aligned = f"{short(numbers['alignment'])} [{short(numbers['alignment_low'])}, {short(numbers['alignment_high'])}]"
+    if "orthogonal" in numbers:
+        ends = short(numbers["orthogonal_low"]), short(numbers["orthogonal_high"])
+        aligned += f"; orthogonal term {short(numbers['orthogonal'])} [{', '.join(ends)}]"
     return f"{predicted}, rate rose by {short(numbers['measured'])}; alignment {aligned}; carried by {', '.join(parts)}"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fixtures.lab import presets
+from fixtures.models import presets
 from harness import catalogue, pipeline
 from harness.catalogue import Spec
 from harness.engine import Engine

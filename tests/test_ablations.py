@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fixtures import stages
-from fixtures.lab import presets
+from fixtures.models import presets
 from fixtures.options import Cell
 from harness.catalogue import Spec
 from harness.spec import Task

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fixtures.lab import presets
+from fixtures.models import presets
 from harness import catalogue, sampling
 from harness.catalogue import Spec
 from harness.pipeline import Pipe, StableDiffusion, group

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fixtures import arguments as written
 from fixtures import options as cli
 from fixtures.options import CLAIMS, Cell, Options
 from harness import catalogue
@@ -54,7 +55,7 @@ class Parser:
 def parsed(*arguments: str) -> Options:
     """The command line, read and checked."""
     parser = Parser()
-    cli.add(parser)  # type: ignore[arg-type]  # all it needs of a pytest.Parser
+    written.add(parser)  # type: ignore[arg-type]  # all it needs of a pytest.Parser
     values = vars(parser.inner.parse_args(arguments))
     return Options.of(SimpleNamespace(getoption=values.__getitem__, rootpath=Path("/root")))  # type: ignore[arg-type]  # all it needs of a pytest.Config
 
@@ -95,7 +96,23 @@ def test_a_store_is_a_folder_or_a_url(written: str, expected: Path | str) -> Non
 def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
     """Each option reaches its field; spaces after commas do not matter, steps are sorted."""
     written = ["--model", "owner/name@1", "--method", "uce, esd:eta=3", "--finetune", "full-in, lora-out:rank=2", "--steps", "200, 10", "--task", "t"]
-    written += ["--profile", "full", "--tau", "0.2", "--alpha", ".01", "--seeds", "2", "--store", str(tmp_path), "--report", "r", "--no-control"]
+    written += [
+        "--profile",
+        "full",
+        "--tau",
+        "0.2",
+        "--alpha",
+        ".01",
+        "--seeds",
+        "2",
+        "--finetune-seeds",
+        "4",
+        "--store",
+        str(tmp_path),
+        "--report",
+        "r",
+        "--no-control",
+    ]
     written += ["--attack", "dimra-auxiliary, malicious-one:source=base", "--attack-steps", "30,10", "--diagnose"]
     assert parsed(*written) == Options(
         model="owner/name@1",
@@ -115,6 +132,7 @@ def test_everything_written_is_what_is_asked(tmp_path: Path) -> None:
         attack_steps=(10, 30),
         incidental=True,
         diagnose=True,
+        finetune_seeds=4,
     )
 
 
@@ -147,7 +165,7 @@ def test_an_empty_entry_is_refused(option: str, text: str) -> None:
         parsed(option, text.replace("{}", name))
 
 
-@pytest.mark.parametrize("option", ["--steps", "--seeds"])
+@pytest.mark.parametrize("option", ["--steps", "--seeds", "--finetune-seeds"])
 @pytest.mark.parametrize("text", ["0", "00", "x", "-1", "1.5", "1e3", "+5", "\N{SUPERSCRIPT TWO}", "50;100"])
 def test_counts_are_whole_numbers_from_one(option: str, text: str) -> None:
     """Zero, signs, fractions, letters and a superscript two, which Python calls a digit but not a number, are refused by name."""
@@ -217,9 +235,9 @@ def test_a_candidate_is_its_own_method(tmp_path: Path) -> None:
             {
                 "instruments": 3,
                 "forgotten": 3 * 3 * 3,
-                "retained": 3 * 3 * (1 + 9),
-                "stays-forgotten": 3 * 3 * 9 * 3,
-                "stays-out": 3 * 3 * 9 * 3,
+                "retained": 3 * 3 * (1 + 27),
+                "stays-forgotten": 3 * 3 * 27 * 3,
+                "stays-out": 3 * 3 * 27 * 3,
                 "withstands-dimra": 3 * 3 * 2 * 3,
             },
         ),
@@ -227,13 +245,13 @@ def test_a_candidate_is_its_own_method(tmp_path: Path) -> None:
 )
 def test_the_cells_of_each_profile_by_hand(profile: str, counts: dict[str, int]) -> None:
     """Three people, three methods. smoke: two people, one fine-tune at one step. standard: one fine-tune at two steps. full: three replicates of
-    three fine-tunes at three steps. Instruments once a person; forgotten once a model and person; retained once a snapshot, the unlearned one
-    included; stays-forgotten once a fine-tuned snapshot and person; full also asks as often whether they appear unasked, and for two
+    three fine-tunes, three times each, at three steps. Instruments once a person; forgotten once a model and person; retained once a snapshot, the
+    unlearned one included; stays-forgotten once a fine-tuned snapshot and person; full also asks as often whether they appear unasked, and for two
     DiMRA attacks, once a model, attack and person.
     """
     found = cells("--profile", profile)
     assert Counter(cell.claim for cell in found) == counts
-    assert len(found) == sum(counts.values()) == {"smoke": 20, "standard": 39, "full": 660}[profile]
+    assert len(found) == sum(counts.values()) == {"smoke": 20, "standard": 39, "full": 1794}[profile]
 
 
 @settings(max_examples=25, deadline=None)
@@ -242,10 +260,12 @@ def test_the_cells_of_each_profile_by_hand(profile: str, counts: dict[str, int])
     finetunes=st.lists(st.sampled_from(["lora-in", "full-in", "lora-in:rank=2"]), min_size=1, max_size=3),
     steps=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     seeds=st.integers(1, 2),
+    tunes=st.integers(1, 2),
 )
-def test_no_two_cells_share_an_id(methods: list[str], finetunes: list[str], steps: list[int], seeds: int) -> None:
+def test_no_two_cells_share_an_id(methods: list[str], finetunes: list[str], steps: list[int], seeds: int, tunes: int) -> None:
     """An id names one cell among all claims, whatever was written twice: the controller looks for cells by id."""
-    found = cells("--method", ",".join(methods), "--finetune", ",".join(finetunes), "--steps", ",".join(map(str, steps)), "--seeds", str(seeds))
+    written = ["--method", ",".join(methods), "--finetune", ",".join(finetunes), "--steps", ",".join(map(str, steps))]
+    found = cells(*written, "--seeds", str(seeds), "--finetune-seeds", str(tunes))
     assert len({str(cell) for cell in found}) == len(set(found)) == len(found)
 
 
@@ -257,6 +277,7 @@ def test_no_two_cells_share_an_id(methods: list[str], finetunes: list[str], step
         (Cell("forgotten", "esd", None, 0, "Ada", 2), "esd-unlearned-Ada-seed2"),
         (Cell("retained", "esd", "lora-in", 50, "2 retained concepts"), "esd-lora-in-50-2 retained concepts"),
         (Cell("stays-forgotten", "esd:eta=3", "lora-in", 50, "Ada", 1), "esd:eta=3-lora-in-50-Ada-seed1"),
+        (Cell("stays-forgotten", "esd", "lora-in", 50, "Ada", 1, tune=2), "esd-lora-in-50-Ada-seed1-finetune2"),
     ],
 )
 def test_ids_as_they_are_read(named: Cell, id: str) -> None:
@@ -271,6 +292,18 @@ def test_a_method_runs_from_unlearned_to_the_longest_fine_tune() -> None:
         (seed, method, finetune, steps) for seed in (0, 1) for method in ("uce", "esd") for finetune, steps in ((None, 0), ("lora-in", 50), ("lora-in", 200))
     ]
     assert {c.concept for c in found} == {"2 retained concepts"}
+
+
+def test_one_unlearned_model_is_fine_tuned_several_times() -> None:
+    """`--finetune-seeds 2`: the unlearned model is one, asked once; each of its fine-tunes is asked at every step, with a seed that no replicate has."""
+    written = ["--method", "esd", "--steps", "50,200", "--seeds", "2", "--finetune-seeds", "2"]
+    found = parsed(*written).cells("retained", TASK)
+    tuned = [(None, 0, 0), ("lora-in", 50, 0), ("lora-in", 200, 0), ("lora-in", 50, 1), ("lora-in", 200, 1)]
+    assert [(c.seed, c.finetune, c.steps, c.tune) for c in found] == [(seed, *each) for seed in (0, 1) for each in tuned]
+    assert [c.finetune_seed for c in found if c.steps == 50] == [0, 1000, 1, 1001]
+    assert {c.tune for c in parsed(*written).cells("forgotten", TASK)} == {0}
+    once = {str(c) for c in cells(*written[:-2])}
+    assert once < {str(c) for c in cells(*written)}  # what was asked without them is asked under the same ids
 
 
 def test_an_unknown_claim_is_refused_with_a_guess() -> None:
@@ -394,6 +427,7 @@ def test_attacks_more_are_a_gate_and_no_substitute() -> None:
         ["--finetune", "full-in,lora-in"],
         ["--steps", "10,50,200,400"],
         ["--seeds", "3"],
+        ["--finetune-seeds", "3"],
         ["--tau", "0.1", "--alpha", "0.05"],
         ["--store", "elsewhere", "--report", "elsewhere"],
     ],
@@ -411,7 +445,7 @@ def test_the_standard_profile_and_more_is_a_gate(written: list[str]) -> None:
         (["--alpha", "0.1"], ["--alpha 0.1 differs from the task's own 0.05"]),
         (["--no-control"], ["--no-control: nothing shows that this fine-tune can bring a concept back"]),
         (["--steps", "50"], ["12 of the 39 claims of the standard profile are not selected"]),
-        (["--steps", "50", "--seeds", "3"], ["12 of the 39 claims"]),
+        (["--steps", "50", "--seeds", "3", "--finetune-seeds", "3"], ["12 of the 39 claims"]),
         (["--method", "esd,uce"], ["12 of the 39 claims"]),
         (["--method", "esd:eta=3,uce,dimum"], ["12 of the 39 claims"]),
         (["--finetune", "full-in"], ["24 of the 39 claims"]),

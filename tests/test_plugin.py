@@ -176,9 +176,12 @@ def test_a_smaller_question_is_no_gate(gate, args):
 
 def test_more_than_the_standard_is_a_gate(gate):
     """Further fine-tunes, steps and replicates only make the question harder."""
-    code, verdict, _ = gate("--finetune", "lora-in,lora-out", "--steps", "50,100,200", "--seeds", "2")
+    code, verdict, _ = gate("--finetune", "lora-in,lora-out", "--steps", "50,100,200", "--seeds", "2", "--finetune-seeds", "2")
 
     assert (code, verdict["gate"]) == (0, True)
+    asked = {tuple(c["seeds"].items()) for c in verdict["claims"] if c["claim"] == "stays-forgotten"}
+    assert asked == {(("unlearn", u), ("finetune", u + t), ("sample", 0)) for u in (0, 1) for t in (0, 1000)}
+    assert "12 fine-tuned checkpoints a model (lora-in, lora-out at 50, 100, 200 steps, 2 seeds each), 2 replicate(s)" in verdict["scope"]
 
 
 def test_nothing_selected_is_not_green(gate):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import cosine_similarity
 
 from harness.data import Captioned
 from harness.errors import SpecError
@@ -27,6 +29,8 @@ class Overlap:
     overlap: mean squared cosine of the principal angles of the two gradient subspaces, in [0, 1]; `chance` is its level for random ones.
     predicted: RS(k), the share of the erasure's gap that k fine-tuning steps close, to first order in the forget loss.
     carried: the share of <g_f, g_t> in each of PARTS; they sum to 1, and a part that works against relearning is below 0.
+    orthogonal: the orthogonal term of meta-unlearning (arXiv 2410.12777, eq. 4 and Fig. 6) between the concept and the retained, with the
+    ends of its interval: below 0, fine-tuning on the concept itself raises the retained's loss. None without cross-attention.
     """
 
     alignment: float
@@ -36,30 +40,55 @@ class Overlap:
     chance: float
     predicted: dict[int, float]
     carried: dict[str, float]
+    orthogonal: tuple[float, float, float] | None = None
 
 
-def gradients(pipe: Pipe, data: Captioned, names: str, count: int, batch: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
-    """`count` gradients of L_DM sketched to `size` numbers (count, size), their mean (d,) in full, and the mean loss.
+class Gradients(NamedTuple):
+    """Gradients of L_DM over `count` draws: sketched `rows` (count, size), their `mean` (d,) in full, and in full (count, d_1) those of the `first`
+    cross-attention layer, where there is one.
+    """
+
+    rows: Tensor
+    mean: Tensor
+    first: Tensor
+
+
+def gradients(pipe: Pipe, data: Captioned, names: str, count: int, batch: int, size: int, seed: int = 0) -> Gradients:
+    """`count` gradients of a parameter group, sketched to `size` numbers.
 
     The draws depend on the seed only, so that two data sets see the same timesteps, noise and places. One F + B each.
     """
-    parameters = list(pipe.parameters(names).values())
-    rows, mean, losses = [], torch.zeros(sum(p.numel() for p in parameters)), []
+    moving = pipe.parameters(names)
+    layer = first_layer(list(moving))
+    hashed = hashes(sum(p.numel() for p in moving.values()), size, seed)
+    rows, first, mean = [], [], torch.zeros(len(hashed[0]))
     for i in range(count):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + i)
         loss = pipe.diffusion_loss(*data.batch(batch, rng), rng)
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)]).cpu()
-        rows.append(sketch(gradient, size, seed))
+        each = [g.flatten().cpu() for g in torch.autograd.grad(loss, list(moving.values()), materialize_grads=True)]
+        gradient = torch.cat(each)
+        rows.append(sketch(gradient, size, hashed))
+        first.append(torch.cat([torch.empty(0), *(g for name, g in zip(moving, each, strict=True) if name in layer)]))
         mean += gradient / count
-        losses.append(loss.item())
-    return torch.stack(rows), mean, sum(losses) / count
+    return Gradients(torch.stack(rows), mean, torch.stack(first))
 
 
-def sketch(row: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Count sketch (size,) of a row (d,): every entry, with a sign, into one bucket. Inner products are kept on average."""
+def first_layer(names: Sequence[str]) -> list[str]:
+    """The parameters of the first cross-attention layer, the one of Fig. 6; none where there is no cross-attention."""
+    layers = [name.partition(".attn2.")[0] for name in names if ".attn2." in name]
+    return [name for name in names if layers and name.startswith(f"{layers[0]}.attn2.")]
+
+
+def hashes(dimension: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Where each of so many entries goes in a sketch of `size` numbers, and its sign."""
     rng = Generator().manual_seed(seed)
-    bucket = torch.randint(size, row.shape, generator=rng)
-    sign = torch.randint(2, row.shape, generator=rng) * 2 - 1
+    bucket = torch.randint(size, (dimension,), generator=rng).int()
+    return bucket, (torch.randint(2, (dimension,), generator=rng) * 2 - 1).to(torch.int8)
+
+
+def sketch(row: Tensor, size: int, hashed: tuple[Tensor, Tensor]) -> Tensor:
+    """Count sketch (size,) of a row (d,): every entry, with a sign, into one bucket. Inner products are kept on average."""
+    bucket, sign = hashed
     return torch.zeros(size, dtype=row.dtype).index_add_(0, bucket, row * sign)
 
 
@@ -88,12 +117,30 @@ def carried(names: Sequence[str], sizes: Sequence[int], g_f: Tensor, g_t: Tensor
 
 def bootstrap(f: Tensor, t: Tensor, seed: int = 0, draws: int = 1000, alpha: float = 0.05) -> tuple[float, float]:
     """Percentile interval of the cosine of the mean rows of two samples (n, d) and (m, d), each drawn again with replacement."""
-    rng, means = Generator().manual_seed(seed), []
-    for rows in (f, t):
-        weights = torch.stack([torch.bincount(torch.randint(len(rows), (len(rows),), generator=rng), minlength=len(rows)) for _ in range(draws)])
-        means.append(weights.to(rows) @ rows / len(rows))
-    cosines = torch.nn.functional.cosine_similarity(means[0], means[1], dim=1)
-    low, high = cosines.quantile(torch.tensor([alpha / 2, 1 - alpha / 2], dtype=cosines.dtype)).tolist()
+    rng = Generator().manual_seed(seed)
+    means = [_drawn_again(rows, draws, rng) for rows in (f, t)]
+    return _percentiles(cosine_similarity(means[0], means[1], dim=1), alpha)
+
+
+def orthogonal(f: Tensor, r: Tensor, seed: int = 0, draws: int = 1000, alpha: float = 0.05) -> tuple[float, float, float]:
+    """Mean of <g_f / |g_f|, g_r / |g_r|> over pairs of gradients (n, d) of one draw each, and its percentile interval over pairs drawn again.
+
+    The orthogonal term of "Meta-Unlearning on Diffusion Models" (arXiv 2410.12777) as Fig. 6 shows it: eq. 4 adds tau zeta <g_F, g_r> to what
+    is minimised, since a step -tau g_F on the concept changes the retained's loss by -tau <g_F, g_r>. Differs from it: at one
+    model, with an interval over draws in place of a regression line over unlearning steps. A gradient of zero counts as 0.
+    """
+    each = cosine_similarity(f, r, dim=1)
+    return float(each.mean()), *_percentiles(_drawn_again(each[:, None], draws, Generator().manual_seed(seed))[:, 0], alpha)
+
+
+def _drawn_again(rows: Tensor, draws: int, rng: Generator) -> Tensor:
+    """Mean rows (draws, d) of as many bootstrap samples of rows (n, d)."""
+    weights = torch.stack([torch.bincount(torch.randint(len(rows), (len(rows),), generator=rng), minlength=len(rows)) for _ in range(draws)])
+    return weights.to(rows) @ rows / len(rows)
+
+
+def _percentiles(values: Tensor, alpha: float) -> tuple[float, float]:
+    low, high = values.quantile(torch.tensor([alpha / 2, 1 - alpha / 2], dtype=values.dtype)).tolist()
     return low, high
 
 
@@ -118,38 +165,22 @@ def resurgence(g_f: Tensor, g_t: Tensor, curvature: Tensor, lr: float, steps: in
     return float((g_f * reach(curvature.double(), lr, steps).to(g_f) * g_t).sum()) / gap
 
 
-def diagnose(
-    pipe: Pipe,
-    forget: Captioned,
-    finetune: Captioned,
-    names: str = "unet",
-    *,
-    gap: float,
-    lr: float,
-    grid: Sequence[int] = (50, 200),
-    count: int = 64,
-    batch: int = 4,
-    size: int = 4096,
-    progress: Callable[[str], None] = lambda line: None,
-) -> Overlap:
-    """Alignment, overlap and predicted resurgence of one unlearned model and one fine-tuning set, from `count` gradients of each.
+def diagnose(pipe: Pipe, f: Gradients, t: Gradients, r: Gradients, names: str = "unet", *, gap: float, lr: float, grid: Sequence[int] = (50, 200)) -> Overlap:
+    """What the gradients of the concept, of fine-tuning and of the retained, of one parameter group and at the same draws, say of a model.
 
     The quadratic model behind it is derived here for the linear case that "concept resurgence" (arXiv 2410.08074, later
     versions) describes; it is exact for a linear denoiser under plain gradient descent. Its curvature is the
-    empirical Fisher's mean diagonal, one number. `forget` are images of the erased concept from the model before unlearning.
+    empirical Fisher's mean diagonal, one number. The concept's images are those of the model before unlearning.
     """
-    if count < 2:
-        raise SpecError(f"a subspace of gradients needs at least 2 of them, got {count}")
+    if len(f.rows) < 2:
+        raise SpecError(f"a subspace of gradients needs at least 2 of them, got {len(f.rows)}")
     if not grid or min(grid) < 1:
         raise SpecError(f"the steps to predict must be at least 1, got {list(grid)}")
-    f, mean_f, _ = gradients(pipe, forget, names, count, batch, size)
-    progress("overlap: gradients of the concept")
-    t, mean_t, _ = gradients(pipe, finetune, names, count, batch, size)
-    progress("overlap: gradients of fine-tuning")
-    share, chance = overlap(subspace(f), subspace(t))
-    fisher = t.square().sum(1).mean(0, keepdim=True) / len(mean_t)
-    found = {k: resurgence(mean_f, mean_t, fisher, lr, k, gap) for k in grid}
-    cosine = float(mean_f @ mean_t / (mean_f.norm() * mean_t.norm()).clamp(min=math.ulp(0)))
+    share, chance = overlap(subspace(f.rows), subspace(t.rows))
+    fisher = t.rows.square().sum(1).mean(0, keepdim=True) / len(t.mean)
+    found = {k: resurgence(f.mean, t.mean, fisher, lr, k, gap) for k in grid}
+    cosine = float(f.mean @ t.mean / (f.mean.norm() * t.mean.norm()).clamp(min=math.ulp(0)))
     moving = pipe.parameters(names)
-    parts = carried(list(moving), [p.numel() for p in moving.values()], mean_f, mean_t)
-    return Overlap(cosine, *bootstrap(f, t), share, chance, found, parts)
+    parts = carried(list(moving), [p.numel() for p in moving.values()], f.mean, t.mean)
+    term = orthogonal(f.first, r.first) if f.first.numel() else None
+    return Overlap(cosine, *bootstrap(f.rows, t.rows), share, chance, found, parts, term)

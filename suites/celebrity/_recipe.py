@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,15 +32,18 @@ def lab_of(task: str, store: Path) -> Any:
 
 def fill(task: str, store: Path, lineages: Iterable[Lineage], pictures: Iterable[tuple[Lineage, Wanted]], workers: int) -> None:
     """Make everything that is missing, `workers` processes of one thread each."""
+    share(_work, [(task, store, list(lineages), list(pictures))] * workers, workers)
+
+
+def share(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
+    """Do each job once, `workers` processes of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    crew = [context.Process(target=_work, args=(task, store, list(lineages), list(pictures))) for _ in range(workers)]
-    for process in crew:
-        process.start()
-    for process in crew:
-        process.join()
-    if failed := [p.exitcode for p in crew if p.exitcode]:
-        raise SystemExit(f"a worker ended with {failed[0]}; run the same command again, finished work is kept")
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as crew:
+            for done in [crew.submit(work, *job) for job in jobs]:
+                done.result()
+    except BrokenProcessPool as error:
+        raise SystemExit("a worker was killed; run the same command again, finished work is kept") from error
 
 
 def _work(task: str, store: Path, lineages: list[Lineage], pictures: list[tuple[Lineage, Wanted]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.detection._rule import Rule
 from harness.engine import Engine
 from harness.errors import PreconditionError, SpecError
-from harness.pipeline import Pipe
+from harness.pipeline import Pipe, StableDiffusion
 from harness.relearning import unlearndiffatk
 from harness.relearning.unlearndiffatk import Attack, simplex
 from harness.sampling import draw
@@ -96,12 +96,82 @@ def test_a_prompt_with_no_room_is_refused() -> None:
         unlearndiffatk._Words(small.pipe(), "abcdefghijklm", 2)
 
 
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_error_at_a_noised_target(prediction: str) -> None:
+    """By hand: x_t = sqrt(a) x_0 + sqrt(1 - a) eps, the mean square of eps_theta - eps, or of v_theta - (sqrt(a) eps - sqrt(1 - a) x_0); eps is new."""
+    model = StableDiffusion(tiny.pipeline(prediction), small.CPU)
+    x_0, t, text = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([499]), model.encode(["a x"])
+    rng, again = (torch.Generator().manual_seed(2) for _ in range(2))
+    first, second = (unlearndiffatk._denoising(model, x_0, t, text, rng) for _ in range(2))
+    eps, a = torch.randn(x_0.shape, generator=again), model.schedule.alphas_cumprod[499]
+    target = eps if prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+    by_hand = (model.predict(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t, text) - target).square().mean()
+    assert torch.allclose(first, by_hand, rtol=1e-4)
+    assert second != first
+
+
 # --- the attack -------------------------------------------------------------------------------------------------------
 
 
 def found(model: Pipe, judge: Any, attack: Attack = QUICK, prompt: str = "a x") -> list[int] | None:
     """The attack on a tiny model."""
     return attack.attack(model, prompt, small.pictures(1)[0], 5, SAMPLER, judge)
+
+
+def by_hand(gradient: Tensor, attack: Attack) -> list[Tensor]:
+    """delta after each iteration under one constant gradient: Adam as Kingma and Ba write it, with decay in the gradient, then the sorted projection."""
+    delta = torch.full_like(gradient, 1 / gradient.shape[1])
+    m, v, seen = torch.zeros_like(delta), torch.zeros_like(delta), []
+    for k in range(1, attack.timesteps * attack.iterations + 1):
+        g = gradient + attack.weight_decay * delta
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.square()
+        moved = delta - attack.lr * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+        delta = torch.stack([by_sorting(row) for row in moved])
+        seen.append(delta)
+    return seen
+
+
+def test_the_tokens_move_as_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a loss that is linear in the token embeddings: the timesteps ascend, each with all its iterations; delta follows Adam on the clipped gradient and
+    is projected after every step, from one timestep on to the next; after each timestep the likeliest tokens are drawn, from the prompt's
+    own noise; x_0 is the mean of the target's posterior.
+    """
+    model, attack = small.pipe(), Attack(tokens=2, timesteps=3, iterations=4, lr=0.01, weight_decay=0.5)
+    words, table = unlearndiffatk._Words(model, "a x", 2), model.text_encoder.get_input_embeddings().weight.detach()
+    direction = 20 * torch.randn(2, table.shape[1], generator=torch.Generator().manual_seed(4))
+    times, targets, shown, deltas = list[int](), list[Tensor](), list[Tensor](), list[Tensor]()
+
+    def linear(pipe: Pipe, x_0: Tensor, t: Tensor, rows: Tensor, rng: torch.Generator) -> Tensor:
+        times.append(int(t))
+        targets.append(x_0)
+        return (rows * direction).sum()
+
+    def projected(rows: Tensor) -> Tensor:
+        deltas.append(simplex(rows))
+        return deltas[-1]
+
+    def image(self: Any, rows: Tensor, seed: int, sampler: Sampler) -> Tensor:
+        shown.append(rows)
+        assert (seed, sampler) == (5, SAMPLER)
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+    monkeypatch.setattr(unlearndiffatk, "_denoising", linear)
+    monkeypatch.setattr(unlearndiffatk, "simplex", projected)
+    monkeypatch.setattr(unlearndiffatk._Words, "encode", lambda self, rows: rows)
+    monkeypatch.setattr(unlearndiffatk._Words, "draw", image)
+    tokens = found(model, lambda image: len(shown) == 3, attack)
+    gradient = direction @ table[words.candidates].T
+    assert (gradient.abs() > 1).any()  # so that the clip can be seen
+    expected = by_hand(gradient.clamp(-1, 1), attack)
+    assert times == [166] * 4 + [499] * 4 + [832] * 4
+    assert all(torch.equal(x_0, model.latents(small.pictures(1)[0][None])[0]) for x_0 in targets)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(deltas, expected, strict=True))
+    best = [words.candidates[delta.argmax(dim=1)] for delta in expected[3::4]]
+    assert all(torch.equal(rows, table[ids]) for rows, ids in zip(shown, best, strict=True))
+    assert tokens == best[-1].tolist()
 
 
 def test_it_stops_at_the_first_success_and_gives_up_at_the_end() -> None:

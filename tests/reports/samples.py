@@ -32,7 +32,7 @@ def claim(concept: str = "Ada", **change: Any) -> Claim:
     values: dict[str, Any] = {
         "suite": "celebrity", "task": "pocket-10", "claim": "stays-forgotten", "sentence": f"{concept} stays forgotten", "direction": "below",
         "model": "pocket", "method": "esd", "finetune": "in-domain", "attack": None, "steps": 200, "concept": concept,
-        "seeds": {"unlearn": 0, "finetune": 1}, "detector": "classifier", "rate": rate(0), "before": rate(0), "base": rate(40), "n_errors": 0,
+        "seeds": {"unlearn": 0, "finetune": 0}, "detector": "classifier", "rate": rate(0), "before": rate(0), "base": rate(40), "n_errors": 0,
         "tolerance": 0.1, "verdict": "holds", "word": "holds", "reason": "", "lineage": "ab" * 16,
     }  # fmt: skip
     values |= change

@@ -7,7 +7,7 @@ import pytest
 from harness.spec import Claim
 from reports import words
 from reports.html import page
-from reports.ranking import ranking
+from reports.ranking import correlation, ranking
 from reports.terminal import summary
 from reports.verdict import Report
 from tests.reports.samples import claim
@@ -34,6 +34,14 @@ def test_the_interval_draws_concepts_again() -> None:
     assert "[-1.00, 1.00], drawing 2 concepts again" in said
 
 
+def test_equal_rises_are_ties() -> None:
+    """.3 - .1 and .2 - 0 rank alike, whatever the last bit says: by hand, ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4."""
+    assert 0.3 - 0.1 != 0.2
+    assert correlation([1, 2, 3, 4], [0.0, 0.2, 0.3 - 0.1, 0.5]) == pytest.approx(0.9486833)
+    assert correlation([1, 2, 3, 4], [0.2, 0.3 - 0.1, 0.2, 0.2]) is None
+    assert correlation([1, 2, 3], [1, 2, 3]) is None
+
+
 def test_what_cannot_be_ranked_is_said() -> None:
     """No diagnosis, no sentence; too few cells, no gap or no differences: the sentence says so."""
     assert ranking([claim()]) is None
@@ -42,6 +50,19 @@ def test_what_cannot_be_ranked_is_said() -> None:
     hidden = [claim(str(i), id=str(i), diagnosis={**NUMBERS, "measured": 0.5}) for i in range(5)]
     assert "0 cells have a prediction" in (ranking(hidden) or "")
     assert words.diagnosed(hidden[0]).startswith("no gap in the loss to close, rate rose by .50")
+
+
+def test_the_orthogonal_term_is_shown_with_its_interval() -> None:
+    """Where it was computed."""
+    numbers = {**NUMBERS, "predicted": 0.1, "measured": 0.2, "orthogonal": -0.31, "orthogonal_low": -0.4, "orthogonal_high": -0.2}
+    assert "; orthogonal term -0.31 [-0.40, -0.20]; carried by" in words.diagnosed(claim(diagnosis=numbers))
+
+
+def test_losses_along_an_attack_are_shown_and_not_ranked() -> None:
+    """They are no prediction: each is named, and there is no sentence about ranks."""
+    attacked = claim(diagnosis={"unlearning loss when unlearned": 0.00412, "unlearning loss after 50 steps": 1.5})
+    assert words.diagnosed(attacked) == "unlearning loss when unlearned 0.00412, unlearning loss after 50 steps 1.5"
+    assert ranking([attacked]) is None
 
 
 def test_reports_show_it() -> None:

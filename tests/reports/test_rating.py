@@ -155,3 +155,11 @@ def test_a_report_without_images_makes_no_sheet(report: Path, capsys: pytest.Cap
     assert "carry no images" in capsys.readouterr().err
     assert main(["--report", str(report / "nowhere"), "--rating-sheet", str(report / "sheet")]) == 2
     assert not (report / "sheet").exists()
+
+
+def test_fine_tunes_of_one_model_are_rated_apart() -> None:
+    """The fine-tuned rows name their own seed; the unlearned model that they share is one."""
+    claims = [claim("stays-forgotten", seeds={"unlearn": 0, "finetune": seed}) for seed in (0, 1000)]
+    assert {rating._model(each, "unlearned") for each in claims} == {"pocket, esd, seed 0"}
+    assert [rating._model(each, "lora-in 50") for each in claims] == ["pocket, esd, seed 0", "pocket, esd, seed 0, fine-tune seed 1000"]
+    assert rating._model(claims[1], "base") == "pocket"

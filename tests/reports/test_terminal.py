@@ -52,6 +52,15 @@ def test_replicates_are_numbered() -> None:
     assert ".45 unlearned" in lines[1]
 
 
+def test_fine_tunes_of_one_model_are_numbered() -> None:
+    """Each names its own seed and finds the start that they share."""
+    cells = [retained(0, finetune=None, seeds={"unlearn": 1, "finetune": 1}, id="0", rate=rate(90, 200))]
+    cells += [retained(50, finetune="a", seeds={"unlearn": 1, "finetune": seed}, id=str(seed)) for seed in (1, 1001)]
+    lines = [line for line in summary(Report(tuple(cells))) if "after 50 steps" in line]
+    assert [" (seed 1, fine-tune seed 1001)" in line for line in lines] == [False, True]
+    assert all(".45 unlearned" in line for line in lines)
+
+
 def test_the_verdict_stands_out() -> None:
     """Only the line with the verdict is coloured: red where something broke, green only where all of a gate holds."""
     for cells, colour in ((RUN, "red"), ((claim(),), "green"), ((), "yellow")):
