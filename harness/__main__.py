@@ -3,6 +3,7 @@
 python -m harness store ls|verify|gc --store DIR    what a store holds, whether it is sound, what can go
 python -m harness run FILE ... --store DIR          do single stages, from files that pytest --plan --jobs wrote
 python -m harness ray FOLDER --store URL            do all of them on a Ray cluster
+python -m harness bench                             what all this costs here
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import sys
 from collections.abc import Sequence
 
 from harness import cluster, inventory, jobfiles
+from harness.bench import command as bench
 from harness.errors import ResurgenceError
 
 COMMANDS = {
     "store": (inventory, "what a store holds, whether it is sound, what can go"),
     "run": (jobfiles, "do single stages, from files that pytest --plan --jobs wrote"),
     "ray": (cluster, "do all of them on a Ray cluster"),
+    "bench": (bench, "what all this costs here: seconds, UNet passes, images, bytes"),
 }
 
 

@@ -18,11 +18,29 @@ from harness.groups import group
 from harness.jobs import Job
 from harness.spec import Base, Lineage, Sampler
 
-# Assumed, not measured: one image through SD 1.x's UNet (860 M parameters, 64 x 64 latents) in float32 on one recent data-centre
-# GPU; other models in proportion to parameters times positions, but no pass is quicker than starting its kernels.
-SECONDS, PARAMETERS, POSITIONS, LEAST = 0.03, 860e6, 64 * 64, 0.0005
-LEARNING = 3  # a pass that learns, forward and backward, in forward passes
+PARAMETERS, POSITIONS = 860e6, 64 * 64  # of SD 1.x's UNet and its latents
+LEARNING = 3  # a pass that learns, forward and backward, in forward passes; 2.4 (cross-attention) to 3.2 (all) on the pocket model
 FLOAT = 4  # bytes: what trains is kept in float32
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one image through SD 1.x's UNet in float32; other models in proportion to parameters times positions, but no pass takes less than `least`."""
+
+    device: str
+    seconds: float
+    least: float
+
+
+GPU = Pace("a recent data-centre GPU", 0.03, 0.0005)  # assumed, not measured; the least is what starting its kernels takes
+CPU = Pace("one CPU thread", 25.0, 0.0045)  # the least is the pocket model's, measured (`python -m harness bench --only cold`); the rest assumed
+
+
+def pace() -> Pace:
+    """What work takes here."""
+    import torch
+
+    return GPU if torch.cuda.is_available() else CPU
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,8 @@ class Size:
     def seconds(self) -> float:
         """Estimated for one UNet pass."""
         unet = sum(prod(shape) for name, shape in self.shapes.items() if name.startswith("unet."))
-        return max(LEAST, SECONDS * unet / PARAMETERS * prod(self.latent) / POSITIONS)
+        here = pace()
+        return max(here.least, here.seconds * unet / PARAMETERS * prod(self.latent) / POSITIONS)
 
     def parameters(self, trains: str) -> int:
         """How many a group holds."""
@@ -87,7 +106,7 @@ def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """UNet passes that learn and that only look, images drawn, and estimates of GPU seconds, disk and memory in bytes."""
+    """UNet passes that learn and that only look, images drawn, and estimates of seconds, disk and memory in bytes."""
 
     learning: int = 0
     looking: int = 0

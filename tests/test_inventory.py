@@ -243,3 +243,42 @@ def test_what_nobody_used_for_long_may_go(store, capsys):
     assert (store.has(one), store.has(two)) == (False, True)
     assert len(store.addresses("images")) == len(store.addresses("scores")) == 1
     assert list(one.parent.glob(".*")) == []
+
+
+def test_a_draft_that_is_written_into_stays(store):
+    """A writer may take hours over one file: then the file is young, and its folder is old."""
+    old, _ = litter(store)
+    assert list(inventory.leftovers(store)) == [old]
+    os.utime(old / "data")
+    assert list(inventory.leftovers(store)) == []
+
+
+def test_it_says_how_much_may_go(store, capsys):
+    """The sizes of what killed writers left behind are added up."""
+    old, _ = litter(store)
+    (old / "more").write_bytes(bytes(2_000_000))
+    aged(old, inventory.DRAFT + 60)
+    assert "1 things, 2.0 MB" in said(capsys, "gc", "--store", str(store.root))[1][-1]
+
+
+def test_everything_may_go(store, capsys):
+    """--older-than 0 names all artefacts."""
+    _, lines = said(capsys, "gc", "--older-than", "0", "--store", str(store.root))
+    assert sum("not used for 0 days" in line for line in lines) == 4
+
+
+def test_what_is_deleted_is_gone_at_once(store, monkeypatch):
+    """Killed in the middle of deleting, the store has no half artefact: what is left of it is a draft, which the next gc takes away."""
+    folder = store.folder("images", "images-1")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inventory.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        inventory.remove(store, inventory.Artefact(folder))
+    assert not store.has(folder)
+    assert store.addresses("images") == []
+    (rest,) = (store.root / "images").iterdir()
+    aged(rest, inventory.DRAFT + 60)
+    assert list(inventory.leftovers(store)) == [rest]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -134,6 +135,27 @@ def test_what_is_not_there_cannot_be_read(tmp_path):
     assert not store.has(store.folder("kind", "address"))
     with pytest.raises(StoreError, match="cannot be read"):
         store.read(store.folder("kind", "address"))
+
+
+def test_what_is_there_is_listed_by_kind_and_start(tmp_path):
+    """Locks are no kind of artefact, and an address is asked for by how it starts."""
+    store, _ = published(tmp_path)
+    store.publish(store.folder("kind", "other"), writer(b"two"))
+    with store.lease("address"):
+        assert store.kinds() == ["kind"]
+    assert store.addresses("kind") == ["address", "other"]
+    assert store.addresses("kind", "add") == ["address"]
+
+
+def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Every file and the record are flushed before the rename, the folder that holds the name after it: losing power leaves no half artefact."""
+    store, flushed = Store(tmp_path), []
+    folder = store.folder("kind", "address")
+    monkeypatch.setattr(module.os, "fsync", lambda descriptor: flushed.append((os.fstat(descriptor).st_ino, folder.exists())))
+    store.publish(folder, writer(b"one"))
+    inside = {(path.stat().st_ino, False) for path in folder.iterdir()}
+    assert len(inside) == len(FILES) + 1
+    assert set(flushed) == inside | {(folder.parent.stat().st_ino, True)}
 
 
 # --- places that cannot be written -----------------------------------------------------------------------------------

@@ -4,8 +4,9 @@
 
 Attack: the most erased people back in the fragile control, subject to the unedited model still drawing the retained
 ones in at least .90. Meta-unlearning: the fewest erased people after an attack at a rate at which the fragile control is
-neither held nor all back, subject to erased <= .02 and retained >= .80 before it. Development people and seed 100 only; no report person is drawn. Writes `tune_attacks.json` (every
-trial) beside this file and prints the choice, which is then written into `harness/pocket/presets.toml` by hand.
+neither held nor all back, subject to erased <= .02 and retained >= .80 before it. Development people and seed 100 only; no report
+person is drawn. Writes `tune_attacks.json` (every trial) beside this file and prints the choice, which is then written
+into `harness/pocket/presets.toml` by hand.
 """
 
 from __future__ import annotations
