@@ -12,9 +12,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Protocol
+from typing import (
+    Any,
+    ClassVar,
+    NotRequired,  # typing's own cannot be turned into a schema before Python 3.12
+    Protocol,
+)
 
-from typing_extensions import NotRequired, TypedDict  # typing's own cannot be turned into a schema before Python 3.12
+from typing_extensions import TypedDict
 
 from harness.errors import SpecError, unknown
 

@@ -54,7 +54,9 @@ def fidelity(images: Tensor, reference: Tensor | Path, says: str, backbone: Back
         conditions = (f"{backbone.says}, layer {layer}", mine[layer].shape[1], f"{len(theirs)} images: {says}", len(images), cut + backbone.resize)
         return Figure(name, value, *conditions, spread)
 
-    found = [figure(name, _frechet(mine[layer], other[layer]), layer, _error(mine[layer], other[layer])) for name, layer in zip(("FID", "sFID"), layers, strict=True)]
+    found = [
+        figure(name, _frechet(mine[layer], other[layer]), layer, _error(mine[layer], other[layer])) for name, layer in zip(("FID", "sFID"), layers, strict=True)
+    ]
     subset = min(LARGEST, len(images), len(theirs))
     kid = kid_features_to_metric(mine[layers[0]], other[layers[0]], kid_subsets=SUBSETS, kid_subset_size=subset, rng_seed=SEED, verbose=False)
     return [*found, figure(f"KID ({SUBSETS} subsets of {subset})", kid[KEY_METRIC_KID_MEAN], layers[0], kid[KEY_METRIC_KID_STD])]

@@ -6,7 +6,9 @@ Methods that need text are refused by name.
 
 from fixtures.promises import promise
 
-test_the_instruments_are_sound = promise("instruments", "The base model draws {concept}, and the detector sees it there and not where another class is asked for.")
+test_the_instruments_are_sound = promise(
+    "instruments", "The base model draws {concept}, and the detector sees it there and not where another class is asked for."
+)
 test_the_class_is_forgotten = promise("forgotten", "After unlearning with {method}, the rate of {concept} stays below {tau}.")
 test_the_retained_classes_are_still_drawn = promise(
     "retained", "{method}, {steps} fine-tuning steps: the mean rate of classes that must survive stays above {above}."

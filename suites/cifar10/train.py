@@ -34,9 +34,7 @@ RECIPE = ddpm.Recipe(steps=1_000_000, batch=128, rate=2e-4, warm=1, decay=0.9999
 def read(folder: Path) -> tuple[Tensor, Tensor]:
     """uint8 images (n, 3, 32, 32) of the training set and their labels (n,)."""
     if lacking := [name for name in (*FILES, NAMES) if not (folder / name).is_file()]:
-        raise SpecError(
-            f"no {lacking[0]} in '{folder}'; unpack the binary version of CIFAR-10 (cifar-10-binary.tar.gz) there: {', '.join(FILES)} and {NAMES}"
-        )
+        raise SpecError(f"no {lacking[0]} in '{folder}'; unpack the binary version of CIFAR-10 (cifar-10-binary.tar.gz) there: {', '.join(FILES)} and {NAMES}")
     names = tuple((folder / NAMES).read_text(encoding="ascii").split())
     if names != ddpm.CLASSES:
         raise SpecError(f"{NAMES} in '{folder}' names {', '.join(names)}; CIFAR-10's classes are {', '.join(ddpm.CLASSES)}")
