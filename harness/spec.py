@@ -183,6 +183,7 @@ class Task:
     quality: Quality | None = None  # what images of `retained` are held against; None: only whether they are recognised
     model: str = "pocket"  # the model before unlearning, where `--model` names none
     methods: tuple[str, ...] = ("esd", "uce", "dimum")  # what is unlearned with, where `--method` names nothing
+    smoke: tuple[str, ...] = ()  # the same in the smoke profile; empty: `methods`
 
     def __post_init__(self) -> None:
         roles = {"erased": self.erased, "anchor": self.anchor, "retain": self.retain, "retained": self.retained}

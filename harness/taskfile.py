@@ -76,8 +76,7 @@ def made(id: str, data: dict[str, Any]) -> Task:
         data["crossed"] = _build(Group, data["crossed"], "crossed")
     if "quality" in data:
         data["quality"] = _build(Quality, data["quality"], "quality")
-    if "methods" in data:
-        data["methods"] = tuple(data["methods"])
+    data |= {name: tuple(data[name]) for name in ("methods", "smoke") if name in data}
     data["synonyms"] = {name: tuple(also) for name, also in data.get("synonyms", {}).items()}
     return Task(id=id, **data)
 

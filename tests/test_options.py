@@ -96,6 +96,10 @@ def test_a_task_brings_its_model_and_methods_unless_others_are_named() -> None:
     assert {cell.method for cell in parsed("--attack", "dimra-retain").cells("withstands-dimra", other)} == {"salun", "dimum"}
     assert {cell.method for cell in parsed().ablated("forgotten", other)} == {"salun", "dimum"}
     assert parsed().deviations([other]) == []
+    few = replace(other, smoke=("salun",))
+    assert {cell.method for cell in parsed("--profile", "smoke").cells("forgotten", few)} == {"salun"}
+    assert {cell.method for cell in parsed().cells("forgotten", few)} == {"salun", "dimum"}
+    assert {cell.method for cell in parsed("--profile", "smoke", "--method", "uce").cells("forgotten", few)} == {"uce"}
     assert parsed("--method", "esd,uce,dimum").deviations([other]) == ["12 of the 27 claims of the standard profile are not selected"]
 
 

@@ -32,10 +32,10 @@ QUALITY = '[quality]\nfid = 3.5\ncount = 40\nbackbone = "pocket"\n'
 
 def test_what_quality_and_which_model_and_methods(tmp_path: Path) -> None:
     """A table of its own; without it nothing is asked of quality. Model and methods are the task's, by default the pocket model and its three."""
-    found = written(tmp_path, 'model = "m"\nmethods = ["salun"]\n' + TOML + QUALITY)
-    assert (found.quality, found.model, found.methods) == (Quality(3.5, 40, "pocket"), "m", ("salun",))
+    found = written(tmp_path, 'model = "m"\nmethods = ["salun"]\nsmoke = ["ga"]\n' + TOML + QUALITY)
+    assert (found.quality, found.model, found.methods, found.smoke) == (Quality(3.5, 40, "pocket"), "m", ("salun",), ("ga",))
     assert made(found.id, plain(found)) == found
-    assert (task().quality, task().model, task().methods) == (None, "pocket", ("esd", "uce", "dimum"))
+    assert (task().quality, task().model, task().methods, task().smoke) == (None, "pocket", ("esd", "uce", "dimum"), ())
 
 
 @pytest.mark.parametrize(
