@@ -43,8 +43,9 @@ def figures(engine: Engine, lineage: Lineage, asked: Quality) -> Iterator[Figure
         return torch.tensor([[each.value, each.spread or 0.0, each.size] for each in found], dtype=torch.float64)
 
     file = weights / "model.safetensors" if weights else None
-    who = [backbone.says, sha256(file) if file and file.is_file() else ""]  # where it is missing, looking says what to fetch
-    table = engine.kept("quality", {"images": places[0], "reference": places[1], "backbone": who, "version": VERSION}, look)
+    digest = sha256(file) if file and file.is_file() else ""  # where it is missing, looking says what to fetch
+    what = {"figures": "FID, sFID", "of": places[0], "reference": places[1], "backbone": backbone.says, "weights": digest, "version": VERSION}
+    table = engine.kept("quality", what, look)
     for name, layer, (value, spread, size) in zip(("FID", "sFID"), (backbone.layer, backbone.spatial), table.tolist(), strict=True):
         conditions = (f"{backbone.says}, layer {layer}", int(size), f"{asked.count} images: {SAYS}", asked.count, backbone.resize)
         yield Figure(name, value, *conditions, spread)
