@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +161,10 @@ def main(grid: Grid, description: str | None) -> None:
     parser.add_argument("--store", type=Path, default=Path(".store"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--method", default=",".join(grid.trials), help="only these; the others' trials stay as they are")
+    parser.add_argument("--first", type=int, help="only the first so many trials of each method")
     given = parser.parse_args()
-    file = grid.folder / "tune.json"
-    result = run(grid, given.store, given.workers, given.method.split(","))
+    file, tried = grid.folder / "tune.json", {method: texts[: given.first] for method, texts in grid.trials.items()}
+    result = run(replace(grid, trials=tried), given.store, given.workers, given.method.split(","))
     for text, seen in result["trials"].items():
         if "error" in seen:
             print(f"{text:45s} {seen['error']}")
