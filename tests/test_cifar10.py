@@ -70,12 +70,13 @@ def test_the_network_is_the_published_one() -> None:
     assert (unet.config.dropout, unet.config.num_class_embeds, unet.down_blocks[1].attentions[0].heads) == (0.1, 11, 1)
 
 
-def test_the_command_trains_and_saves_what_the_harness_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_trains_and_saves_what_the_harness_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps with a small network: a folder in float32 that draws the ten classes."""
     batches(tmp_path)
     monkeypatch.setattr(train, "build", lambda: ddpm.build((8, 8, 16)))
     monkeypatch.setattr(train, "RECIPE", ddpm.Recipe(9, 4, 2e-4, 1, 0.5, False, torch.optim.Adam))
     assert train.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "2"]) == 0
+    assert "ddpm 1/2 " in capsys.readouterr().out
     pipe = pipeline.load(pipeline.identify(str(tmp_path / "out")))
     assert pipe.family == "class-conditional"
     assert pipe.encode(["automobile", ""]).tolist() == [1, 10]
