@@ -12,14 +12,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Protocol
+from typing import (
+    Any,
+    ClassVar,
+    NotRequired,  # typing's own cannot be turned into a schema before Python 3.12
+    Protocol,
+)
 
-from typing_extensions import TypedDict  # typing's own cannot be turned into a schema before Python 3.12
+from typing_extensions import TypedDict
 
 from harness.errors import SpecError, unknown
 
 HOLDS, BROKEN, INCONCLUSIVE, INVALID = "holds", "broken", "inconclusive", "invalid"
 VERDICTS = (HOLDS, BROKEN, INCONCLUSIVE, INVALID)
+BLOCKS = 10  # parts of a set of images, each left out once: how sure a Fréchet distance is
 RATES = ("erased", "retained", "crossed", "alternative")  # whose rate a claim measures
 
 
@@ -127,6 +133,26 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How good images of the retained concepts must stay, as a distance to the base model's own images of them from other noise.
+
+    `fid` is the largest Fréchet distance allowed. It depends on the backbone, the count and the concepts, so it is justified by what the
+    base model itself gets, and written beside it in the task.
+    """
+
+    fid: float
+    count: int = 200  # images of each side, a multiple of the prompts of `retained`
+    backbone: str = "inception"
+    weights: str = ""  # folder of the backbone's weights, where it does not ship
+
+    def __post_init__(self) -> None:
+        if not self.fid > 0:
+            raise SpecError(f"fid must be above 0, got {self.fid}: two sets of images are never alike")
+        if self.count < 2 * BLOCKS:
+            raise SpecError(f"a distance between sets of images needs at least {2 * BLOCKS}, got count {self.count}")
+
+
+@dataclass(frozen=True)
 class Task:
     """One evaluation setting: who is erased, who must survive, and what counts as forgotten.
 
@@ -154,6 +180,10 @@ class Task:
     detectors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # who looks at `retained` or `crossed` instead of `detector`
     figures: Mapping[str, str] = field(default_factory=dict)  # published name of a number -> which rate it is (`RATES`), or "1 - " that
     overlap: str = ""  # why roles other than `erased` overlap; empty: they must not
+    quality: Quality | None = None  # what images of `retained` are held against; None: only whether they are recognised
+    model: str = "pocket"  # the model before unlearning, where `--model` names none
+    methods: tuple[str, ...] = ("esd", "uce", "dimum")  # what is unlearned with, where `--method` names nothing
+    smoke: tuple[str, ...] = ()  # the same in the smoke profile; empty: `methods`
 
     def __post_init__(self) -> None:
         roles = {"erased": self.erased, "anchor": self.anchor, "retain": self.retain, "retained": self.retained}
@@ -173,6 +203,8 @@ class Task:
             raise SpecError(f"task '{self.id}': synonyms are given for '{strange[0]}', which is not erased")
         if other_roles := [role for role in self.detectors if role not in ("retained", "crossed")]:
             raise unknown("role in [detectors]", other_roles[0], ("retained", "crossed"))
+        if self.quality and self.quality.count % (width := len(self.retained.concepts) * len(self.retained.prompts)):
+            raise SpecError(f"task '{self.id}': quality looks at {self.quality.count} images, which is no multiple of the {width} prompts of [retained]")
         for name, rate in self.figures.items():
             if rate.removeprefix("1 - ") not in RATES:
                 raise unknown(f"rate of the figure '{name}'", rate, [*RATES, *(f"1 - {each}" for each in RATES)])
@@ -298,13 +330,17 @@ class Lineage:
 
 
 class Numbers(TypedDict):
-    """A measured rate: `k` hits in `n` images, their share, and two one-sided bounds."""
+    """A measured rate: `k` hits in `n` images, their share, and two one-sided bounds.
+
+    Where it is no rate, `figure` is its name (such as FID): `value` and the bounds are that figure's, of `n` images; `k` means nothing.
+    """
 
     k: int
     n: int
     value: float
     low: float
     high: float
+    figure: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -346,6 +382,9 @@ class Claim:
 
     def __str__(self) -> str:
         """The sentence and the numbers: what a failing test prints."""
-        seen = "nothing measured" if self.rate is None else "measured {k:g}/{n:g} = {value:.3f} [{low:.3f}, {high:.3f}]".format(**self.rate)
+        form = "measured {k:g}/{n:g} = {value:.3f} [{low:.3f}, {high:.3f}]"
+        if self.rate is not None and "figure" in self.rate:
+            form = "measured {figure} {value:.3f} [{low:.3f}, {high:.3f}] of {n:g} images"
+        seen = "nothing measured" if self.rate is None else form.format(**self.rate)
         was = "" if self.before is None else ", before fine-tuning {k:g}/{n:g}".format(**self.before)
         return f"{self.word}: {self.sentence.rstrip('.')}: {seen}{was}. {self.reason}".rstrip()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import SpecError, unknown
-from harness.spec import Group, Sampler, Task, Tolerance, Verbatim, canonical
+from harness.spec import Group, Quality, Sampler, Task, Tolerance, Verbatim, canonical
 
 GROUPS = ("erased", "anchor", "retain", "retained")
 
@@ -74,6 +74,9 @@ def made(id: str, data: dict[str, Any]) -> Task:
     data["tolerance"] = _build(Tolerance, data.get("tolerance", {}), "tolerance")
     if "crossed" in data:
         data["crossed"] = _build(Group, data["crossed"], "crossed")
+    if "quality" in data:
+        data["quality"] = _build(Quality, data["quality"], "quality")
+    data |= {name: tuple(data[name]) for name in ("methods", "smoke") if name in data}
     data["synonyms"] = {name: tuple(also) for name, also in data.get("synonyms", {}).items()}
     return Task(id=id, **data)
 

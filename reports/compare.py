@@ -43,7 +43,7 @@ class Pair:
     @property
     def rise(self) -> Interval | None:
         """Rate after minus rate before, with bounds that stay true although both runs stopped when they liked."""
-        if self.before.rate is None or self.after.rate is None:
+        if self.before.rate is None or self.after.rate is None or "figure" in self.after.rate:
             return None
         before, after = (Rate.of(r["k"], r["n"], ALPHA) for r in (self.before.rate, self.after.rate))
         return difference(before, after, ALPHA)

@@ -99,6 +99,8 @@ def rates(cells: Iterable[Claim]) -> Rates:
     by_steps: dict[int, list[Claim]] = {}
     before: dict[int, Numbers] = {}
     for claim in cells:
+        if "figure" in (claim.rate or {}):  # such as FID, which has no place on this scale
+            continue
         by_steps.setdefault(claim.steps, []).append(claim)
         if claim.before and claim.steps:
             before.setdefault(0, claim.before)

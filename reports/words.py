@@ -70,9 +70,11 @@ def counted(counts: Mapping[str, int]) -> str:
 
 
 def share(rate: Numbers | None) -> str:
-    """`14/40 = .35 [.22, .50]`: hits, images, rate and its bounds, rounded outwards so that no digit claims too much."""
+    """`14/40 = .35 [.22, .50]`: hits, images, rate and its bounds, rounded outwards so that no digit claims too much; a figure by its name."""
     if rate is None:
         return "not measured"
+    if (figure := rate.get("figure")) is not None:
+        return f"{figure} {rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}], {rate['n']:g} images"
     low, high = math.floor(rate["low"] * 100) / 100, math.ceil(rate["high"] * 100) / 100
     return f"{rate['k']:g}/{rate['n']:g} = {short(rate['value'])} [{short(low)}, {short(high)}]"
 

@@ -69,11 +69,11 @@ def cells(*arguments: str) -> list[Cell]:
 
 
 def test_nothing_written_is_the_standard_profile() -> None:
-    """The pocket model, three methods, LoRA on in-domain data at 50 and 200 steps, one replicate, the task's own tau and alpha, with the control."""
+    """The pocket model, the task's methods, LoRA on in-domain data at 50 and 200 steps, one replicate, the task's own tau and alpha, with the control."""
     assert parsed() == Options(
         model="pocket",
         candidate=None,
-        methods=("esd", "uce", "dimum"),
+        methods=(),
         finetunes=("lora-in",),
         steps=(50, 200),
         task="pocket",
@@ -85,6 +85,23 @@ def test_nothing_written_is_the_standard_profile() -> None:
         report=Path("/root/reports/out"),
         control=True,
     )
+
+
+def test_a_task_brings_its_model_and_methods_unless_others_are_named() -> None:
+    """`pocket` is the shipped model that the task is made for; the task's methods belong to its gate."""
+    other = replace(TASK, model="pocket-ddpm", methods=("salun", "dimum"))
+    assert [parsed(*written).model_of(other) for written in ([], ["--model", "pocket"], ["--model", "a/b"])] == ["pocket-ddpm", "pocket-ddpm", "a/b"]
+    assert parsed().model_of(TASK) == "pocket"
+    assert [cell.method for cell in parsed().cells("retained", other) if not cell.steps] == ["salun", "dimum"]
+    assert {cell.method for cell in parsed("--method", "esd").cells("retained", other)} == {"esd"}
+    assert {cell.method for cell in parsed("--attack", "dimra-retain").cells("withstands-dimra", other)} == {"salun", "dimum"}
+    assert {cell.method for cell in parsed().ablated("forgotten", other)} == {"salun", "dimum"}
+    assert parsed().deviations([other]) == []
+    few = replace(other, smoke=("salun",))
+    assert {cell.method for cell in parsed("--profile", "smoke").cells("forgotten", few)} == {"salun"}
+    assert {cell.method for cell in parsed().cells("forgotten", few)} == {"salun", "dimum"}
+    assert {cell.method for cell in parsed("--profile", "smoke", "--method", "uce").cells("forgotten", few)} == {"uce"}
+    assert parsed("--method", "esd,uce,dimum").deviations([other]) == ["12 of the 27 claims of the standard profile are not selected"]
 
 
 @pytest.mark.parametrize(("written", "expected"), [("s3://bucket/prefix", "s3://bucket/prefix"), ("a/folder", Path("a/folder"))])

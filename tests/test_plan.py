@@ -26,7 +26,7 @@ from harness.errors import PreconditionError, SpecError, StoreError
 from harness.jobs import Job
 from harness.meta.meta import Method as Meta
 from harness.plan import Cost
-from harness.spec import HOLDS, Base, ImageSet, Lineage, Sampler, Tolerance
+from harness.spec import HOLDS, Base, ImageSet, Lineage, Quality, Sampler, Tolerance
 from harness.store import Store
 from harness.unlearning import dimum, uce
 from tests import tiny
@@ -36,7 +36,7 @@ from tests.test_options import parsed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-TASK = replace(tiny.task(), control="uce", tolerance=Tolerance(floor=12, cap=12))
+TASK = replace(tiny.task(), control="uce", tolerance=Tolerance(floor=12, cap=12), quality=Quality(fid=1e6, count=20, backbone="pocket"))
 METHODS = "uce,dimum:steps=2:batch=1:images_per_prompt=1"
 FINETUNE = "lora-in:batch=1:images_per_prompt=1"
 

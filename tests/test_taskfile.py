@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import SpecError
-from harness.spec import Group, Lineage, Task, Verbatim, canonical, key
-from harness.taskfile import read
+from harness.spec import Group, Lineage, Quality, Task, Verbatim, canonical, key
+from harness.taskfile import made, plain, read
 from tests.test_spec import TOML, lineage, task
 
 
@@ -25,6 +25,38 @@ def test_a_file_can_be_like_another(tmp_path: Path) -> None:
     found = written(tmp_path, 'like = "other"\nerased = { concepts = ["y"], prompts = ["the {}"] }\n', other=TOML)
     assert found == task(erased=Group(("y",), ("the {}",)))
     assert found.id == "t"
+
+
+QUALITY = '[quality]\nfid = 3.5\ncount = 40\nbackbone = "pocket"\n'
+
+
+def test_what_quality_and_which_model_and_methods(tmp_path: Path) -> None:
+    """A table of its own; without it nothing is asked of quality. Model and methods are the task's, by default the pocket model and its three."""
+    found = written(tmp_path, 'model = "m"\nmethods = ["salun"]\nsmoke = ["ga"]\n' + TOML + QUALITY)
+    assert (found.quality, found.model, found.methods, found.smoke) == (Quality(3.5, 40, "pocket"), "m", ("salun",), ("ga",))
+    assert made(found.id, plain(found)) == found
+    assert (task().quality, task().model, task().methods, task().smoke) == (None, "pocket", ("esd", "uce", "dimum"), ())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("fid = 3.5\n", "", r"\[quality\] lacks fid"),
+        ("fid = 3.5", "fid = 0", "fid must be above 0"),
+        ("count = 40", "count = 19", "at least 20, got count 19"),
+        ("count", "counts", "unknown key in .quality.*'counts'.*Did you mean 'count'"),
+    ],
+)
+def test_a_quality_that_cannot_be_measured(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """Without a tolerance, with one that nothing meets, with too few images, misspelt."""
+    with pytest.raises(SpecError, match=message):
+        written(tmp_path, TOML + QUALITY.replace(old, new))
+
+
+def test_quality_looks_at_whole_rounds() -> None:
+    """Two retained concepts and one prompt: 41 images would hold more of one."""
+    with pytest.raises(SpecError, match="41 images, which is no multiple of the 2 prompts"):
+        task(retained=Group(("r", "s"), ("a {}",)), quality=Quality(1.0, 41, "pocket"))
 
 
 @pytest.mark.parametrize("other", ['like = "t"', 'like = "third"'])
@@ -52,7 +84,14 @@ def test_verbatim_prompts_stand_as_they_are(tmp_path: Path) -> None:
 def test_new_parts_leave_addresses_alone(tmp_path: Path) -> None:
     """What a stage reads is what it read before there were synonyms, crossed concepts or figures: no address moves."""
     plain = lineage(*(before := task(),)[1:])
-    also = task(synonyms={"x": ("xx",)}, crossed=Group(("z",), ("a {}",)), figures={"UA": "1 - erased"}, detectors={"crossed": {"name": "clip"}})
+    also = task(
+        synonyms={"x": ("xx",)},
+        crossed=Group(("z",), ("a {}",)),
+        figures={"UA": "1 - erased"},
+        detectors={"crossed": {"name": "clip"}},
+        quality=Quality(1.0),
+        methods=(),
+    )
     parts = ("erased", "anchor", "retain", "finetune", "retained")
     assert key([getattr(before, name) for name in parts]) == key([getattr(also, name) for name in parts])
     assert Lineage(plain.base, also).key == plain.key

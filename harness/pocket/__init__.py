@@ -5,7 +5,9 @@ Only paths and the vocabulary live here, so that importing the package costs not
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ DETECTOR = FOLDER / "detector"  # names people, objects, characters, the mask, o
 STYLE = FOLDER / "style"  # names the four art styles, or none
 CARD = FOLDER / "card.json"  # digests, seeds, versions, figures
 RENDERS = FOLDER / "renders"  # pictures of the erased people that no model drew
-PRESETS = FOLDER / "presets.toml"  # hyper-parameters found on the development people
 DDPM = FOLDER / "ddpm"  # a class-conditional DDPM of the ten CIFAR-10 names, with its own card
+PRESETS = {"pocket": FOLDER / "presets.toml", "pocket-ddpm": DDPM / "presets.toml"}  # hyper-parameters found on development concepts
 VOCABULARY = FOLDER / "vocabulary.toml"
 
 
@@ -46,3 +48,14 @@ def names() -> frozenset[str]:
     words = vocabulary()
     generic = [words["generic"]["person"], words["generic"]["object"], *words["generic"]["masked"]]
     return frozenset([*labels(), *(entry["name"] for entry in words["concepts"]["styles"]), *generic])
+
+
+@cache
+def classes() -> frozenset[str]:
+    """What the class-conditional model draws."""
+    return frozenset(json.loads((DDPM / "classes.json").read_text(encoding="utf-8")))
+
+
+def presets(model: str) -> Mapping[str, Any]:
+    """Hyper-parameters found for a shipped model on its development concepts; none, so the papers' own, for every other model."""
+    return tomllib.loads(PRESETS[model].read_text(encoding="utf-8")) if model in PRESETS else {}

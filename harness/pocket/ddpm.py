@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,42 @@ def examples(pictures: data.Pictures) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([label[int(pictures.label[row])] for row in rows])
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a class-conditional DDPM learns. `falls`: the rate ends at 0 (a cosine); else it stays."""
+
+    steps: int
+    batch: int
+    rate: float
+    warm: int  # steps in which the rate rises
+    decay: float  # of the averaged weights
+    falls: bool
+    optimiser: type[torch.optim.Optimizer]
+
+    def share(self, at: int) -> float:
+        """The rate's share at a step."""
+        return min(1, (at + 1) / self.warm) * ((1 + math.cos(math.pi * at / self.steps)) / 2 if self.falls else 1)
+
+
 def train(images: Tensor, truth: Tensor, steps: int, device: torch.device, channels: tuple[int, ...] = CHANNELS) -> UNet2DModel:
-    """The averaged UNet after seeded training on the squared error of the predicted noise."""
+    """The averaged UNet of the tiny model."""
     torch.manual_seed(SEED)
-    unet, noiser = build(channels).to(device), scheduler()
+    return learn(build(channels), images, truth, Recipe(steps, BATCH, RATE, WARM, DECAY, True, torch.optim.AdamW), device)
+
+
+def learn(unet: UNet2DModel, images: Tensor, truth: Tensor, recipe: Recipe, device: torch.device) -> UNet2DModel:
+    """The averaged UNet after seeded training on the squared error of the predicted noise."""
+    unet, noiser, steps, batch = unet.to(device), scheduler(), recipe.steps, recipe.batch
     draws = torch.Generator(device).manual_seed(SEED)
     images, truth = images.to(device), truth.to(device)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda at: min(1, (at + 1) / WARM) * (1 + math.cos(math.pi * at / steps)) / 2)
-    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    optimiser = recipe.optimiser(unet.parameters(), lr=recipe.rate)  # type: ignore[call-arg]  # all of them take it
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, recipe.share)
+    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(recipe.decay))
     started = time.monotonic()
     for step in range(steps):
-        rows = torch.randint(len(images), (BATCH,), generator=draws, device=device)
-        times = torch.randint(1000, (BATCH,), generator=draws, device=device)
-        nameless = torch.rand(BATCH, generator=draws, device=device) < EMPTY
+        rows = torch.randint(len(images), (batch,), generator=draws, device=device)
+        times = torch.randint(1000, (batch,), generator=draws, device=device)
+        nameless = torch.rand(batch, generator=draws, device=device) < EMPTY
         clean = images[rows].float() / 127.5 - 1
         noise = torch.randn(clean.shape, generator=draws, device=device)
         guess = unet(noiser.add_noise(clean, noise, times), times, truth[rows].masked_fill(nameless, len(CLASSES))).sample
@@ -95,9 +118,9 @@ def train(images: Tensor, truth: Tensor, steps: int, device: torch.device, chann
     return average.module.eval()
 
 
-def save(unet: UNet2DModel, out: Path) -> None:
-    """The model's folder, in fp16."""
-    unet.cpu().half().save_pretrained(out / "unet", safe_serialization=True)
+def save(unet: UNet2DModel, out: Path, dtype: torch.dtype = torch.float16) -> None:
+    """The model's folder; the tiny one's in fp16."""
+    unet.cpu().to(dtype).save_pretrained(out / "unet", safe_serialization=True)
     scheduler().save_pretrained(out / "scheduler")
     (out / LIST).write_text(json.dumps(CLASSES, indent=1) + "\n", encoding="utf-8")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,7 @@ def lineages(given: argparse.Namespace, task: Task) -> Iterator[tuple[str, Linea
     yield "base model", base
     if given.method is None:
         return
-    presets = tomllib.loads(pocket.PRESETS.read_text(encoding="utf-8")) if given.model == "pocket" else {}
+    presets = pocket.presets(given.model)
     unlearned = base.then(catalogue.make("unlearning", Spec.parse(given.method), presets, seed=0))
     yield f"after {given.method}", unlearned
     if given.finetune is not None:

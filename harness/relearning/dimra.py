@@ -34,6 +34,7 @@ class Attack:
     seed: int = 0
 
     version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
     reads: ClassVar[tuple[str, ...]] = ("retain",)
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:

@@ -44,6 +44,7 @@ class Attack:
     seed: int = 0
 
     version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
     reads: ClassVar[tuple[str, ...]] = ("erased", "finetune")
 
     def __post_init__(self) -> None:

@@ -20,13 +20,13 @@ HERE = Path(__file__).parent
 
 
 def lab_of(task: str, store: Path) -> Any:
-    """The lab of one of this suite's tasks, on the pocket model."""
+    """The lab of one of this suite's tasks, or of another's by its path, on the pocket model that it is made for."""
     from fixtures.lab import Lab
-    from fixtures.options import METHODS, Options
+    from fixtures.options import Options
     from harness.engine import Engine
     from harness.store import Store
 
-    options = Options("pocket", None, METHODS, ("lora-in",), (50, 200), task, "standard", None, None, 1, store, store, True)
+    options = Options("pocket", None, (), ("lora-in",), (50, 200), task, "standard", None, None, 1, store, store, True)
     return Lab(options, Task.load(HERE / f"{task}.toml"), Engine(Store(store), lambda line: print(f"  {line}", flush=True)))
 
 

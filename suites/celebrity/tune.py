@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from harness.errors import PreconditionError
 from harness.spec import Group, Lineage
 from suites.celebrity import _recipe
 
-TASK, SEED, ROUNDS = "pocket-development", 100, 4
+SEED = 100
 ERASED_AT_MOST = 0.02
 SHORT = "batch=8:images_per_prompt=5"
 TRIALS = {
@@ -102,17 +104,29 @@ TRIALS = {
 }  # fmt: skip
 
 
-def run(store: Path, workers: int, methods: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Grid:
+    """What is tried on a suite's development concepts: `rounds` images of every erased and of every retained prompt."""
+
+    folder: Path  # of the suite; `tune.json` goes there
+    trials: Mapping[str, Sequence[str]]
+    rounds: tuple[int, int]
+    task: str = "pocket-development"
+
+
+def run(grid: Grid, store: Path, workers: int, methods: list[str]) -> dict[str, Any]:
     """Every trial's counts of these methods, and the choice of each."""
-    lab = _recipe.lab_of(TASK, store)
-    lineages = {text: lab.base.then(catalogue.make("unlearning", Spec.parse(text), lab.presets, seed=SEED)) for method in methods for text in TRIALS[method]}
-    groups = ((lab.task.erased, ROUNDS), (lab.task.retained, 1))
+    task = str(grid.folder / grid.task)
+    lab = _recipe.lab_of(task, store)
+    made = {method: {text: catalogue.make("unlearning", Spec.parse(text), lab.presets, seed=SEED) for text in grid.trials[method]} for method in methods}
+    lineages = {text: lab.base.then(stage) for stages in made.values() for text, stage in stages.items()}
+    groups = tuple(zip((lab.task.erased, lab.task.retained), grid.rounds, strict=True))
     pictures = [(lineage, wanted) for lineage in lineages.values() for group, rounds in groups for _, wanted in _recipe.asked(lab, group, rounds)]
-    _recipe.fill(TASK, store, lineages.values(), pictures, workers)
+    _recipe.fill(task, store, lineages.values(), pictures, workers)
     trials = {text: trial(lab, lineage, dict(zip(("erased", "retained"), groups, strict=True))) for text, lineage in lineages.items()}
-    chosen = {method: choose({text: trials[text] for text in TRIALS[method]}) for method in methods}
+    chosen = {method: choose({text: trials[text] for text in made[method]}) for method in methods}
     return {
-        "task": TASK,
+        "task": grid.task,
         "seed": SEED,
         "rule": f"most retained subject to erased <= {ERASED_AT_MOST}",
         "chosen": chosen,
@@ -141,15 +155,16 @@ def choose(trials: dict[str, dict[str, Any]]) -> str | None:
     return max(able, key=lambda text: able[text]) if able else None
 
 
-def main() -> None:
+def main(grid: Grid, description: str | None) -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path(".store"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--method", default=",".join(TRIALS), help="only these; the others' trials stay as they are")
+    parser.add_argument("--method", default=",".join(grid.trials), help="only these; the others' trials stay as they are")
+    parser.add_argument("--first", type=int, help="only the first so many trials of each method")
     given = parser.parse_args()
-    file = Path(__file__).parent / "tune.json"
-    result = run(given.store, given.workers, given.method.split(","))
+    file, tried = grid.folder / "tune.json", {method: texts[: given.first] for method, texts in grid.trials.items()}
+    result = run(replace(grid, trials=tried), given.store, given.workers, given.method.split(","))
     for text, seen in result["trials"].items():
         if "error" in seen:
             print(f"{text:45s} {seen['error']}")
@@ -163,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Grid(Path(__file__).parent, TRIALS, (4, 1)), __doc__)

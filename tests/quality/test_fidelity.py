@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +91,17 @@ def test_a_figure_is_never_printed_without_its_conditions(figures: list[Figure])
     for figure in figures:
         for word in ("backbone pocket detector", f"{figure.size} features", "150 images", "140 images: darker noise", "bicubic with antialiasing to 64 px"):
             assert word in str(figure)
-    assert "±" in str(figures[2])
-    assert "±" not in str(replace(figures[0]))
+    assert all("±" in str(figure) for figure in figures)
+    assert "±" not in str(fidelity(ONE[:19], TWO, "too few for an error", BACKBONES["pocket"])[0])
+
+
+def test_the_error_of_a_distance_is_the_jackknifes(figures: list[Figure]) -> None:
+    """Ten distances, each without every tenth image from another start: sqrt(9/10 sum (d_i - mean)^2); fewer than 20 images have none."""
+    rows = np.arange(len(ONE))
+    for figure, layer in zip(figures[:2], ("pool", "spatial"), strict=True):
+        mine, other = features(ONE)[layer], features(TWO)[layer]
+        left = np.array([frechet(mine[rows % 10 != block], other) for block in range(10)])
+        assert figure.spread == pytest.approx(np.sqrt(9 / 10 * ((left - left.mean()) ** 2).sum()), rel=1e-3)
 
 
 def test_a_folder_is_a_reference_too(tmp_path: Path) -> None:
