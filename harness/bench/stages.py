@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,4 +102,4 @@ def made(worker: Engine, lineage: Lineage) -> tuple[float, int]:
 
 def presets(kind: str, name: str) -> Any:
     """A stage as the pocket model's presets have it."""
-    return catalogue.make(kind, Spec(name), tomllib.loads(pocket.PRESETS.read_text(encoding="utf-8")))
+    return catalogue.make(kind, Spec(name), pocket.presets("pocket"))
