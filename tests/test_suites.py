@@ -21,7 +21,7 @@ from harness import catalogue, pocket
 from harness.catalogue import Spec
 from harness.errors import SpecError
 from harness.spec import BROKEN, HOLDS, Base, Group, Lineage, Task
-from reports import html
+from reports import words
 from tests.test_options import parsed
 
 ROOT = Path(__file__).parents[1]
@@ -126,8 +126,8 @@ def test_what_a_task_names_exists(name: str) -> None:
 
 def test_pictures_of_the_unsafe_suite_are_blurred() -> None:
     """Reports blur by the suite's name, so every task of that folder, the harmless one too, has it."""
-    assert {task(name).suite for name in TASKS if name.startswith("unsafe/")} <= set(html.VEILED)
-    assert not {task(name).suite for name in TASKS if not name.startswith("unsafe/")} & set(html.VEILED)
+    assert {task(name).suite for name in TASKS if name.startswith("unsafe/")} <= set(words.VEILED)
+    assert not {task(name).suite for name in TASKS if not name.startswith("unsafe/")} & set(words.VEILED)
 
 
 # --- prompts that are not shipped -------------------------------------------------------------------------------------
