@@ -6,6 +6,8 @@ The UNet has SD 1.4's own configuration, 860 M parameters, and random weights; t
 widths (77 positions of 768, latents 4x64x64). Each case runs in a process of its own, as the engine runs it, at batch 1; those that
 learn take two steps, since the first one's forward pass comes before Adam has moments. The memory is the process's largest, less
 what its libraries take. What sampling adds to time is left out.
+
+Measured on a busy machine of two slow threads (so no times), torch on one: uce 3.69 GB, planned 3.53 (.96); esd 6.22 GB, planned 5.84 (.94).
 """
 
 from __future__ import annotations

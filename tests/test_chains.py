@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from fixtures import eyes
 from harness.spec import HOLDS
+from harness.store import Store
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 900  # seconds: minutes of work on a machine that has other work
 METHODS = {  # two by gradient, two in closed form, and one of LoRAs; the fine-tune is another LoRA
     "esd": "esd:steps=1:sampler_steps=2:lr=0.001",
     "dimum": "dimum:steps=1:batch=1:images_per_prompt=1:lr=0.001",
@@ -26,48 +29,49 @@ METHODS = {  # two by gradient, two in closed form, and one of LoRAs; the fine-t
     "rece": "rece",
     "mace": "mace:lora_steps=1:images_per_concept=1:segmenter=whole",
 }
-TUNE = "lora-in:lr=0.01:batch=1:images_per_prompt=1"
+TUNE = "lora-in:lr=0.05:batch=1:images_per_prompt=1"
 TASK = """
-suite = "{suite}"
 source = "made up"
 control = "esd"
-detector = {{ name = "coin" }}
-{more}
+detector = { name = "coin", rule = "threshold-0.5" }
 [erased]
-concepts = ["x", "y"]
-prompts = ["a {{}}", "the {{}}"]
+concepts = ["x"]
+prompts = ["a {}", "the {}"]
 [anchor]
 concepts = ["p"]
-prompts = ["a {{}}", "the {{}}"]
+prompts = ["a {}", "the {}"]
 [retain]
 concepts = ["k"]
-prompts = ["a {{}}"]
+prompts = ["a {}"]
 [retained]
-concepts = ["r", "s"]
-prompts = ["a {{}}", "the {{}}"]
+concepts = ["r"]
+prompts = ["a {}", "the {}"]
 [finetune.in]
 concepts = ["f", "g"]
-prompts = ["a {{}}", "the {{}}", "in {{}}", "by {{}}"]
+prompts = ["a {}", "the {}", "in {}", "by {}"]
 [sampler]
 steps = 1
 guidance = 3.0
 [tolerance] # whatever is seen in more than .02 and less than .98 of the images, holds
 tau = 0.98
+alpha = 0.2
 drawn = 0.02
 mistaken = 0.98
 retained = 0.02
 floor = 8
 cap = 40
 """
-MORE = {  # what some suites' tasks have besides; the first concept or its count stands in each claim's name
+CROSSED = 'crossed = { concepts = ["m", "n"], prompts = ["a {}"] }\n'
+MORE = {  # what the tasks of some suites have besides
     "celebrity": "",
-    "object": 'synonyms = {{ x = ["u"], y = ["v"] }}\ncrossed = {{ concepts = ["m", "n"], prompts = ["a {{}}"] }}\n',
+    "object": f'synonyms = {{ x = ["u", "v"] }}\n{CROSSED}',
     "copyright": "",
-    "unsafe": "",
-    "style": 'detectors.crossed = {{ name = "coin", salt = "another" }}\ncrossed = {{ concepts = ["m"], prompts = ["a {{}}"] }}\nfigures = {{ UA = "1 - erased" }}\n',
+    "unsafe": 'asked = "prompts.csv"\n',
+    "style": f'detectors.crossed = {{ name = "coin", rule = "threshold-0.5", salt = "another" }}\nfigures = {{ UA = "1 - erased" }}\n{CROSSED}',
 }
-CLAIMS = {"instruments": 2, "forgotten": 2 * 5, "retained": 2 * 5, "stays-forgotten": 2 * 5}
-ALSO = {"object": {"generality": 2 * 5, "cross-retained": 2 * 5}, "style": {"cross-retained": 2 * 5}}
+CLAIMS = {"instruments": 1, "forgotten": 5, "retained": 10, "stays-forgotten": 5}  # of one concept and five methods, two of them before and after
+LEARNT_NOTHING = "did not lower the loss on held-out images"
+ALSO = {"object": {"generality": 5, "cross-retained": 10}, "style": {"cross-retained": 10}}
 
 
 class Coin:
@@ -100,24 +104,30 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for layout in tiny.LAYOUTS:
         place = found[layout] = tmp_path_factory.mktemp(layout)
         tiny.of_layout(layout).save_pretrained(place / "model")
+        (place / "prompts.csv").write_text("prompt\na x\nin x\n")
         for suite, more in MORE.items():
-            (place / f"{suite}.toml").write_text((TASK.replace("{more}", more)).format(suite=suite))
+            (place / f"{suite}.toml").write_text(f'suite = "{suite}"\n{more}{TASK}')
     return found
 
 
 @pytest.mark.parametrize("suite", MORE)
 @pytest.mark.parametrize("layout", tiny.LAYOUTS)
 def test_every_cell_is_measured(child: Any, places: dict[str, Path], layout: str, suite: str) -> None:
-    """All claims of all methods are there and decided by images that were drawn and looked at; nothing is skipped, nothing fails."""
+    """All claims of all methods are decided by images that were drawn and looked at, or for the reason that is right; every model is in the store."""
     place = places[layout]
     report = place / f"report-{suite}"
-    options = {"--model": place / "model", "--task": place / f"{suite}.toml", "--store": place / "store", "--report": report}
+    options = {"--model": place / "model", "--task": place / f"{suite}.toml", "--store": place / suite, "--report": report}
     asked = [f"suites/{suite}", "--no-control", "--steps", "2", "--finetune", TUNE, "--method", ",".join(METHODS.values())]
-    code, said = child(command, [*asked, *(str(each) for pair in options.items() for each in pair)]).result()
-    assert code == 12, said  # all hold, and without a control it is no gate
+    code, said = child(command, [*asked, *(str(each) for pair in options.items() for each in pair)]).result(PATIENCE)
     verdict = json.loads((report / "verdict.json").read_text())
-    claims = verdict["claims"]
-    assert {claim["claim"]: 0 for claim in claims}.keys() == (CLAIMS | ALSO.get(suite, {})).keys()
-    for kind, count in (CLAIMS | ALSO.get(suite, {})).items():
-        assert sum(claim["claim"] == kind for claim in claims) == count
-    assert {(claim["verdict"], claim["rate"]["n"] >= 8) for claim in claims} == {(HOLDS, True)}
+    claims, made = verdict["claims"], Store(place / suite).addresses("checkpoints")
+    assert Counter(claim["claim"] for claim in claims) == CLAIMS | ALSO.get(suite, {})
+    unclear = [claim for claim in claims if claim["verdict"] != HOLDS]
+    assert {claim["claim"] for claim in unclear} <= {"stays-forgotten"}, said
+    assert all(LEARNT_NOTHING in claim["reason"] for claim in unclear), said  # a random model in two steps; all before it was measured
+    assert code == (11 if unclear else 12), said  # all hold, and without a control it is no gate
+    assert all(claim["rate"]["n"] >= 8 for claim in claims if claim not in unclear)
+    assert len(made) == 11  # each method's, each of them fine-tuned, and the base model fine-tuned
+    assert {claim["lineage"] for claim in claims if claim not in unclear} <= verdict["lineages"].keys()
+    assert len({json.dumps(claim["hits"]) for claim in claims if claim["claim"] == "retained"}) >= 5  # models draw images of their own; a coin may agree
+    assert (report / "report.html").is_file()

@@ -130,6 +130,23 @@ def test_activations_are_what_autograd_keeps(layout):
     assert found == pytest.approx(real, rel=0.1), found / real
 
 
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        ("conv_in", 0),
+        ("down_blocks.2.downsamplers.0.conv", 2),
+        ("mid_block.resnets.0.norm1", 3),
+        ("up_blocks.0.resnets.0.norm1", 3),
+        ("up_blocks.0.upsamplers.0.conv", 2),
+        ("up_blocks.3.attentions.0.norm", 0),
+        ("conv_norm_out", 0),
+    ],
+)
+def test_how_often_the_latent_was_halved(name: str, level: int) -> None:
+    """At a layer's input, in a UNet of four levels: an upsampler's convolution comes after the doubling."""
+    assert footprint._level(f"unet.{name}.weight", 4) == level
+
+
 def test_activations_grow_with_the_latent():
     """By places, but for what has the prompt's."""
     pipe = of("sd14")
