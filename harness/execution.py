@@ -15,6 +15,8 @@ from harness.pipeline import Pipe
 from harness.spec import Base, Lineage, Stage
 from harness.training import Run
 
+PIECE = 2**20  # weights that are fingerprinted at once
+
 
 class Memory:
     """The one model in memory, and whose weights it holds."""
@@ -81,19 +83,18 @@ def execute(
     Returns what must be kept of the result (the tensors that changed, or the adapter) and the finished run. The model is
     left with the result in it, or, after an error, with nobody knows what.
     """
-    mine = pipeline.group(stage.trains)
-    pipe.remember([name for name in pipe.named() if mine(name)])
-    before = {name: p.detach().clone() for name, p in pipe.named().items() if mine(name)}
-    others = {name: _print(p) for name, p in pipe.named().items() if not mine(name)}
+    mine, adapts = pipeline.group(stage.trains), hasattr(stage, "merged")  # an adapter leaves the model's own weights alone
+    before = pipe.remember([] if adapts else [name for name in pipe.named() if mine(name)])
+    others = {name: _print(p) for name, p in pipe.named().items() if name not in before}
     run = Run(stage.seed, images, before, report=report)
     if earlier is not None:
         run.start, run.state = earlier.steps, dict(earlier.state)
-        if hasattr(stage, "merged"):
+        if adapts:
             run.adapter = dict(earlier.tensors)
         else:
             pipe.apply(earlier.tensors)
     stage(pipe, task, run)
-    changed = run.adapter or {n: p.detach().cpu().clone() for n, p in pipe.named().items() if mine(n) and not torch.equal(p, before[n])}
+    changed = run.adapter or {n: p.detach().cpu().clone() for n, p in pipe.named().items() if n in before and not torch.equal(p, before[n])}
     _check(stage, pipe, others, changed)
     return changed, run
 
@@ -101,12 +102,19 @@ def execute(
 def _check(stage: Stage, pipe: Pipe, others: Mapping[str, int], result: Mapping[str, Tensor]) -> None:
     moved = [name for name, p in pipe.named().items() if name in others and _print(p) != others[name]]
     if moved:
-        raise StoreError(f"{type(stage).__module__} says it trains '{stage.trains}' but it changed '{moved[0]}' too; correct its `trains`")
+        says = "leaves an adapter" if hasattr(stage, "merged") else f"trains '{stage.trains}'"
+        raise StoreError(f"{type(stage).__module__} says it {says} but it changed '{moved[0]}' too; correct its `trains`")
     if broken := [name for name, tensor in result.items() if not torch.isfinite(tensor).all()]:
         raise PreconditionError(f"{type(stage).__module__} made '{broken[0]}' infinite or NaN; try a smaller learning rate")
 
 
 def _print(tensor: Tensor) -> int:
-    """A fingerprint of a float32 tensor's bits: their sum weighted by place, modulo 2^64, so that changes do not cancel."""
-    bits = tensor.detach().contiguous().flatten().view(torch.int32).long()
-    return int((bits * (torch.arange(1, len(bits) + 1, device=bits.device) * 6364136223846793005)).sum())
+    """A fingerprint of a float32 tensor's bits: their sum weighted by place, modulo 2^64, so that changes do not cancel.
+
+    Piece by piece: in whole the largest layers would take as much memory as a training step.
+    """
+    bits, found = tensor.detach().contiguous().flatten().view(torch.int32), torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start, piece in enumerate(bits.split(PIECE)):
+        places = torch.arange(1, len(piece) + 1, device=bits.device) + start * PIECE
+        found += (piece.long() * (places * 6364136223846793005)).sum()
+    return int(found)

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
 
-from harness import catalogue
+from harness import catalogue, footprint
+from harness.footprint import FLOAT
 from harness.groups import group
 from harness.jobs import Job
 from harness.spec import Base, Lineage, Sampler
 
 PARAMETERS, POSITIONS = 860e6, 64 * 64  # of SD 1.x's UNet and its latents
 LEARNING = 3  # a pass that learns, forward and backward, in forward passes; 2.4 (cross-attention) to 3.2 (all) on the pocket model
-FLOAT = 4  # bytes: what trains is kept in float32
 
 
 @dataclass(frozen=True)
@@ -143,21 +142,13 @@ def cost(job: Job, start: int = 0) -> Cost:
         pixels = 3 * prod(found.image) if found else 0
         return Cost(looking=passes, images=count, seconds=passes * seconds, disk=count * pixels, memory=weights)
     passes = learning(job.lineage, start)
-    stage = job.lineage.stages[-1]
-    held = found.parameters(stage.trains) if found else 0
-    kept, moments = (_adapter(stage, found) if hasattr(stage, "merged") else held) if found else 0, 2 if hasattr(stage, "steps") else 0
-    # On the device: the model, two copies of what trains as it was, its gradient and Adam's two moments. Activations are not counted.
-    memory = weights + FLOAT * (2 * held + (1 + moments) * kept * bool(moments))
-    return Cost(learning=passes, seconds=LEARNING * passes * seconds, disk=FLOAT * kept * (1 + moments), memory=memory)
+    stage, shapes = job.lineage.stages[-1], found.shapes if found else {}
+    kept = 3 * footprint.learning(stage, shapes) or footprint.count(shapes, footprint.moved(stage, shapes))  # with Adam's two moments
+    memory = footprint.peak(job.lineage, shapes, found.latent) if found else 0
+    return Cost(learning=passes, seconds=LEARNING * passes * seconds, disk=FLOAT * kept, memory=memory)
 
 
 def learning(lineage: Lineage, start: int = 0) -> int:
     """UNet passes of the last stage of `lineage`, from a snapshot at `start` on."""
     stage = lineage.stages[-1]
     return catalogue.passes(stage, lineage.task.view(stage.reads), lineage.steps - start)
-
-
-def _adapter(stage: Any, found: Size) -> int:
-    """Parameters of a LoRA: `rank` rows and columns for every matrix it is put on."""
-    ends = tuple(f".{target}.weight" for target in stage.targets.split(","))
-    return sum(stage.rank * (shape[0] + shape[1]) for name, shape in found.shapes.items() if name.startswith("unet.") and name.endswith(ends))

@@ -107,6 +107,7 @@ def train(
     run.state = {CARRIED + name: tensor.detach().clone() for name, tensor in carried.items()}
     for each in phases:
         run.state |= {each.prefix + name: tensor for name, tensor in _state(each.engine).items()}
+        each.engine.zero_grad()  # as large as what is trained, and of no more use
 
 
 def _fits(differentiate: Callable[[Any], Tensor], batch: Any) -> Tensor:
@@ -171,9 +172,9 @@ def _of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _state(engine: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as one flat dictionary, `<parameter index>.<name>`."""
+    """The optimizer's own tensors, with which it is done, as one flat dictionary, `<parameter index>.<name>`."""
     state = engine.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value).clone() for i, entry in state.items() for name, value in entry.items() if value is not None}
+    return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items() if value is not None}
 
 
 def _restore(engine: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -79,10 +79,10 @@ class Child:
         self.process.start()
         sender.close()
 
-    def result(self) -> Any:
+    def result(self, patience: float = PATIENCE) -> Any:
         """What the child sent next; an error if it died or hung instead."""
-        if not self.receiver.poll(PATIENCE):
-            raise TimeoutError(f"process {self.process.pid} said nothing for {PATIENCE} s")
+        if not self.receiver.poll(patience):
+            raise TimeoutError(f"process {self.process.pid} said nothing for {patience} s")
         return self.receiver.recv()
 
     def wait(self) -> int:

@@ -166,7 +166,8 @@ class Pipe(ABC):
             if named[name].shape != tensor.shape:
                 raise StoreError(f"'{name}' has shape {tuple(tensor.shape)}, this model needs {tuple(named[name].shape)}")
         for name, tensor in tensors.items():
-            self._original.setdefault(name, named[name].detach().clone())
+            if name not in self._original:
+                self._original[name] = named[name].detach().clone()
             named[name].copy_(tensor)
         self._embeddings.clear()
 
@@ -179,11 +180,16 @@ class Pipe(ABC):
         self._original.clear()
         self._embeddings.clear()
 
-    def remember(self, names: Sequence[str]) -> None:
-        """Save the named parameters for `reset`, before something edits them in place."""
-        named = self.named()
+    def remember(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Save the named parameters for `reset`, before something edits them in place. Returns them as they are now, not to be written to.
+
+        A parameter that is still as it was loaded is copied once for both.
+        """
+        named, now = self.named(), {}
         for name in names:
-            self._original.setdefault(name, named[name].detach().clone())
+            now[name] = named[name].detach().clone()
+            self._original.setdefault(name, now[name])
+        return now
 
     @contextmanager
     def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
