@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,16 @@ def test_a_prediction_that_orders_the_cells_is_reproduced(lab: Any, tmp_path: Pa
         assert line["word"] == expected
         assert np.shape(line["correlations"]) == (5, 5)
         json.dumps(line, allow_nan=False)
+
+
+def test_jobs_are_shared_by_processes_and_a_killed_one_is_no_end(tmp_path: Path) -> None:
+    """Each job is done once, whatever the number of workers; an error is raised; a worker that dies says that the command can be run again."""
+    findings._recipe.share(os.mkdir, [(str(tmp_path / name),) for name in "abc"], 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    with pytest.raises(FileExistsError):
+        findings._recipe.share(os.mkdir, [(str(tmp_path / "a"),)], 1)
+    with pytest.raises(SystemExit, match="a worker was killed; run the same command again"):
+        findings._recipe.share(os._exit, [(9,)], 1)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
