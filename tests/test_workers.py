@@ -31,6 +31,12 @@ claims.measured = logged
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs started here are not those of the worker that this test may be in."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def run(pytester: pytest.Pytester, *args: str, extra: str = LOGGED) -> tuple[dict, dict[str, list[tuple[str, float, float]]]]:
     """The verdict of scripted claims, and what each worker measured, in its order: claim, start, end."""
     lay(pytester.path, extra=extra)
