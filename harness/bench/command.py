@@ -86,8 +86,8 @@ def lines(name: str, figures: Mapping[str, Any]) -> list[str]:
 
 
 def _said(value: Any) -> str:
-    if value is None:
-        return "-"
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
     if isinstance(value, list):
         return " to ".join(_said(each) for each in value)
     return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}" if isinstance(value, int | float) else str(value)
