@@ -147,6 +147,12 @@ def test_a_part_that_fails_does_not_end_the_bench(tmp_path, monkeypatch, capsys)
     assert [line.split() for line in capsys.readouterr().out.splitlines()[-3:]] == [["a", "b"], ["1", "-"], ["2,000", "1", "to", "2"]]
 
 
+@pytest.mark.parametrize(("share", "word"), [(0.8, "met"), (0.7, "MISSED")])
+def test_a_share_must_be_large(share, word):
+    """Of the targets, this one is met from below."""
+    assert command.lines("cold", {"share inside model, detector, optimizer": share})[-1].endswith(f"{share}   target >= 0.75: {word}")
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     """An unknown part is guessed, and a folder that is not empty would not be a cold run's."""
     assert main(["bench", "--only", "cold,wram"]) == 2
