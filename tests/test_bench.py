@@ -175,5 +175,5 @@ def test_a_quick_bench_of_the_real_command_line(tmp_path, capsys):
     assert (parts["warm"]["UNet passes made"], parts["warm"]["images drawn"]) == (0, 0)
     assert parts["bytes"]["checkpoints"] == 3
     assert 0 < parts["bytes"]["mean share, weights"] < 0.1
-    assert parts["collect"]["claims"] > 200
+    assert parts["collect"]["claims"] > 100
     assert "== bytes" in capsys.readouterr().out
