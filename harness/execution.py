@@ -94,6 +94,8 @@ def execute(
         else:
             pipe.apply(earlier.tensors)
     stage(pipe, task, run)
+    for p in pipe.named().values():
+        p.grad = None  # as large as what was trained, and of no more use
     changed = run.adapter or {n: p.detach().cpu().clone() for n, p in pipe.named().items() if n in before and not torch.equal(p, before[n])}
     _check(stage, pipe, others, changed)
     return changed, run

@@ -107,7 +107,6 @@ def train(
     run.state = {CARRIED + name: tensor.detach().clone() for name, tensor in carried.items()}
     for each in phases:
         run.state |= {each.prefix + name: tensor for name, tensor in _state(each.engine).items()}
-        each.engine.zero_grad()  # as large as what is trained, and of no more use
 
 
 def _fits(differentiate: Callable[[Any], Tensor], batch: Any) -> Tensor:

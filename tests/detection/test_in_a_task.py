@@ -78,7 +78,7 @@ def test_labels_are_found_whatever_their_case() -> None:
 
 def lab(tmp_path: Path, task: Task) -> Lab:
     """A lab on the pocket model with nothing selected."""
-    options: Any = SimpleNamespace(model="pocket", candidate=None, applied=lambda each: each, cells=lambda claim, each: [])
+    options: Any = SimpleNamespace(model_of=lambda task: "pocket", candidate=None, applied=lambda each: each, cells=lambda claim, each: [])
     return Lab(options, task, Engine(Store(tmp_path)))
 
 

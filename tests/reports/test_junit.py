@@ -12,7 +12,7 @@ from tests.reports.samples import NAMES, NASTY, claim, rate
 
 def test_the_numbers_are_there() -> None:
     """Verdict, counts, bounds, tolerance, steps and seeds of a claim can be read without any other file."""
-    found = dict(properties(claim(rate=rate(14))))
+    found = dict(properties(claim(rate=rate(14), seeds={"unlearn": 0, "finetune": 1})))
     expected = {"verdict": "holds", "k": "14", "n": "40", "value": "0.35", "tolerance": "0.1", "steps": "200", "method": "esd", "seed.finetune": "1"}
     assert {name: found[name] for name in expected} == expected
     assert {"word", "low", "high", "finetune", "concept", "lineage", "before.value", "base.value"} <= found.keys()
