@@ -76,9 +76,16 @@ def made(id: str, data: dict[str, Any]) -> Task:
         data["crossed"] = _build(Group, data["crossed"], "crossed")
     if "quality" in data:
         data["quality"] = _build(Quality, data["quality"], "quality")
-    data |= {name: tuple(data[name]) for name in ("methods", "smoke") if name in data}
+    data |= {name: _methods(data[name], name) for name in ("methods", "smoke") if name in data}
     data["synonyms"] = {name: tuple(also) for name, also in data.get("synonyms", {}).items()}
     return Task(id=id, **data)
+
+
+def _methods(texts: Any, where: str) -> tuple[str, ...]:
+    """Methods as on the command line; without any nothing would be measured, but `smoke` falls back on `methods`."""
+    if not isinstance(texts, list) or not (texts or where == "smoke") or not all(isinstance(text, str) for text in texts):
+        raise SpecError(f'{where} must be a list of at least one method, such as ["esd"], got {texts!r}')
+    return tuple(texts)
 
 
 def _build(kind: type[Any], data: dict[str, Any], where: str) -> Any:

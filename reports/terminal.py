@@ -34,7 +34,7 @@ def _few(claims: Sequence[Claim]) -> list[str]:
     for name, cells in table.recipes(claims, table.varying(claims)).items():
         fresh = [c for c in cells if c.id not in told]  # what was measured before any fine-tune is said once
         told.update(c.id for c in fresh)
-        lines += ["", f"{words.clean(name)}: share of images that show the concept [bounds]"]
+        lines += ["", f"{words.clean(name)}: share of images that show the concept, or the figure named [bounds]"]
         lines += [_line(c, cells) for c in sorted(fresh, key=lambda c: c.claim == table.RETAINED)]
     reasons = [f"  {_cell(c)}" for c in table.failing(claims) if c.reason]
     return [*lines, ""] + (["what does not hold:", *reasons[:CAP], ""] if reasons else [])

@@ -21,7 +21,7 @@ SIGNS = {"holds": "✓", "broken": "✗", "inconclusive": "?", "invalid": "!"}  
 ADVICE = {
     Exit.HOLDS: "Nothing is left to do; keep verdict.json beside the model.",
     Exit.BROKEN: "Start with the cells marked below: their images show what came back, what stayed or what was lost.",
-    Exit.INCONCLUSIVE: "Raise the task's image cap and run again; a rate next to the tolerance may never become clear.",
+    Exit.INCONCLUSIVE: "Raise the task's image cap (of `quality`, its `count`) and run again; a rate next to the tolerance may never become clear.",
     Exit.INVALID: "Repair the measurement first (each reason is given below), then run again.",
     Exit.NOT_A_GATE: "Run the default selection with the task's own numbers before you rely on it.",
 }

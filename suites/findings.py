@@ -119,6 +119,13 @@ def read(path: Path = HERE / "findings.toml") -> tuple[Common, list[Finding]]:
     return common, found
 
 
+def asked(path: Path = HERE / "findings.toml") -> dict[str, dict[str, Any]]:
+    """What the file says of each finding, with what it says of all."""
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    common = {name: data.pop(name) for name in COMMON}
+    return {name: common | entry for name, entry in data.items()}
+
+
 def interval(table: np.ndarray, alpha: float) -> tuple[float, float, float]:
     """Mean of a (seeds, concepts) table and its two-sided interval at `alpha`, clustered both ways: the variances over seeds and over concepts add up."""
     if min(table.shape) < 5:
@@ -143,7 +150,14 @@ def decided(f: Finding, common: Common, lab: Any, store: Path, workers: int) -> 
     table, seen = f.measured(lab, common, store, workers)
     mean, low, high = interval(table, common["alpha"])
     name = "correlation" if isinstance(f, Ranking) else "difference"
-    line = {"source": f.source, "direction": f.direction, name: mean, "low": low, "high": high, "word": word(f.direction, low, high, common["margin"])}
+    line = {
+        "source": f.source,
+        "direction": f.direction,
+        name: mean,
+        "low": low,
+        "high": high,
+        "word": word(f.direction, low, high, common["margin"]),
+    }
     return line | seen
 
 
@@ -157,16 +171,16 @@ def run(store: Path, workers: int, only: str | None, folder: Path = HERE) -> Non
     lab = _recipe.lab_of(common["task"], store)
     for f in findings:
         if f.name in chosen:
-            lines = written(folder) | {f.name: decided(f, common, lab, store, workers)}
+            lines = written(folder) | {f.name: {"asked": asked()[f.name]} | decided(f, common, lab, store, workers)}
             write(folder, common, {name: lines[name] for name in names if name in lines})
             print(f"{f.name}: {told(lines[f.name])}", flush=True)
 
 
 def written(folder: Path) -> dict[str, Line]:
-    """The findings that earlier runs wrote."""
+    """The findings that earlier runs wrote, as far as `findings.toml` still asks the same."""
     file = folder / "findings.json"
     lines: dict[str, Line] = json.loads(file.read_text(encoding="utf-8"))["findings"] if file.is_file() else {}
-    return lines
+    return {name: line for name, line in lines.items() if line.get("asked") == asked().get(name)}
 
 
 def write(folder: Path, common: Common, lines: dict[str, Line]) -> None:

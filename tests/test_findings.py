@@ -250,7 +250,7 @@ def test_a_killed_run_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
     file.write_text(json.dumps({**data, "findings": {"of-old": LINE, **data["findings"]}}), encoding="utf-8")
     findings.run(tmp_path, 1, third, tmp_path)
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert found["findings"] == {first: LINE, third: LINE}
+    assert found["findings"] == {name: {"asked": findings.asked()[name], **LINE} for name in (first, third)}
     assert found["margin"] == COMMON["margin"]
     table = (tmp_path / "findings.md").read_text(encoding="utf-8")
     assert findings.BANNER in table
@@ -279,3 +279,12 @@ def test_the_committed_table_is_that_of_the_numbers() -> None:
     """`findings.md` says what `findings.json` says."""
     lines = json.loads((findings.HERE / "findings.json").read_text(encoding="utf-8"))["findings"]
     assert (findings.HERE / "findings.md").read_text(encoding="utf-8") == findings.markdown(lines) + "\n"
+
+
+def test_a_line_whose_question_changed_is_run_again(tmp_path: Path) -> None:
+    """Numbers are kept for the question that they answer; another number of steps is another question."""
+    lines = findings.written(findings.HERE)
+    name = next(iter(lines))
+    lines[name] = {**lines[name], "asked": {**lines[name]["asked"], "rounds": 1}}
+    (tmp_path / "findings.json").write_text(json.dumps({"findings": lines}), encoding="utf-8")
+    assert findings.written(tmp_path).keys() == lines.keys() - {name}

@@ -12,6 +12,7 @@ from fixtures.lab import Lab
 from fixtures.models import Models
 from fixtures.options import Cell
 from harness.engine import Engine
+from harness.errors import SpecError
 from harness.spec import Task
 from harness.store import Store
 from tests.test_options import parsed
@@ -62,3 +63,15 @@ def test_every_fine_tune_is_a_cell_among_which_broken_is_said(tmp_path: Path) ->
     one, three = (Lab(parsed("--finetune-seeds", n), TASK, Engine(Store(tmp_path))).cells for n in ("1", "3"))
     unlearned, tuned = 3 * 5, 3 * 2 * 5
     assert (one, three) == (unlearned + tuned, unlearned + 3 * tuned)
+
+
+def test_a_method_of_another_family_costs_its_own_claims(tmp_path: Path) -> None:
+    """UCE needs text: on a class-conditional model its claims tell so, and those of the others are measured."""
+    task = Task.load(Path(__file__).parents[1] / "suites" / "cifar10" / "pocket.toml")
+    models, built = Models(parsed("--method", "dimum,uce"), task, Engine(Store(tmp_path))), set[str]()
+    models.engine = SimpleNamespace(build=lambda lineages: built.update(each.key for each in lineages) or {})  # type: ignore[assignment]  # all that prepare asks
+    cells = {name: Cell("forgotten", name, None, 0, "automobile") for name in ("dimum", "uce")}
+    models.prepare(cells.values())
+    assert models.require(models.lineage(cells["dimum"])).key in built
+    with pytest.raises(SpecError, match="'uce' runs on text-to-image models"):
+        models.require(models.lineage(cells["uce"]))

@@ -177,7 +177,7 @@ def test_a_method_that_cannot_serve_a_task_stops_no_other() -> None:
     found, made = task("unsafe/nudity"), list[str]()
     lab = Lab.__new__(Lab)
     lab.options, lab.task, lab._memory, lab.presets = parsed("--no-control", "--method", "esd,dimum"), found, {}, {}
-    lab.base = Lineage(Base("digest", "source"), found)
+    lab.base = Lineage(Base("digest", "pocket"), found)
     lab.engine = SimpleNamespace(build=lambda lineages: made.extend(each.key for each in lineages) or {})  # type: ignore[assignment]
     esd, dimum = Cell("forgotten", "esd", None, 0, "nudity"), Cell("forgotten", "dimum", None, 0, "nudity")
     lab.prepare([esd, dimum])

@@ -135,3 +135,12 @@ def test_fewer_erased_have_fewer_synonyms() -> None:
     """A smaller profile asks about the synonyms of those that are left."""
     many = task(erased=Group(("x", "y"), ("a {}",)), synonyms={"x": ("xx",), "y": ("yy",)})
     assert many.erasing(1).synonyms == {"x": ("xx",)}
+
+
+@pytest.mark.parametrize("methods", ["[]", '"dimum"', "[1]"])
+def test_a_task_without_a_method_is_refused(methods: str, tmp_path: Path) -> None:
+    """Nothing would be measured, and a gate on nothing would open; a word is not a list of its letters."""
+    text = (Path(__file__).parents[1] / "suites" / "celebrity" / "pocket.toml").read_text(encoding="utf-8")
+    (tmp_path / "pocket.toml").write_text(f"methods = {methods}\n{text}", encoding="utf-8")
+    with pytest.raises(SpecError, match="methods must be a list of at least one method"):
+        Task.load(tmp_path / "pocket.toml")

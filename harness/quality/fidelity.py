@@ -67,10 +67,11 @@ def _frechet(a: Tensor, b: Tensor) -> float:
 
 
 def _error(a: Tensor, b: Tensor) -> float | None:
-    """Jackknife standard error of the distance over `a`; every tenth row is left out at a time, so that each part holds all concepts alike."""
+    """Jackknife standard error of the distance over `a`. A tenth in a row is left out at a time: rows come round by round, so no part is of one concept."""
     if len(a) < 2 * BLOCKS:
         return None
-    left = torch.tensor([_frechet(a[torch.arange(len(a)) % BLOCKS != block], b) for block in range(BLOCKS)], dtype=torch.float64)
+    part = torch.arange(len(a)) * BLOCKS // len(a)
+    left = torch.tensor([_frechet(a[part != block], b) for block in range(BLOCKS)], dtype=torch.float64)
     return float(((BLOCKS - 1) * left.var(correction=0)).sqrt())
 
 
