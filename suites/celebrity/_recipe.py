@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import platform
@@ -68,6 +69,14 @@ def counts(lab: Any, lineage: Lineage, group: Group, rounds: int) -> dict[str, t
         hits = measurement.hits(lab.engine, lineage, wanted, lab.detector, [one.concepts[0]] * len(one.prompts))
         seen[one.concepts[0]] = (int(hits.sum()), hits.numel())
     return seen
+
+
+def keep(file: Path, result: dict[str, Any]) -> None:
+    """Write what a search found; trials and choices of earlier runs that this one did not repeat stay."""
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        result = result | {part: before[part] | result[part] for part in ("chosen", "trials")}
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def provenance() -> dict[str, str]:

@@ -171,10 +171,7 @@ def main(grid: Grid, description: str | None) -> None:
             continue
         print(f"{text:45s} erased {seen['erased']['rate']:.3f} (worst person {seen['erased']['highest']:.3f})  retained {seen['retained']['rate']:.3f}")
     print("chosen:", json.dumps(result["chosen"], indent=1))
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        result |= {part: before[part] | result[part] for part in ("chosen", "trials")}
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _recipe.keep(file, result)
 
 
 if __name__ == "__main__":

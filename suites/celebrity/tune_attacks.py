@@ -93,10 +93,7 @@ def main() -> None:
             rates = (f"{model}: erased {each['erased']['rate']:.2f}, retained {each['retained']['rate']:.2f}" for model, each in seen.items())
             print(f"{text:60s} {'   '.join(rates)}")
     print("chosen:", json.dumps(result["chosen"], indent=1))
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        result |= {part: before[part] | result[part] for part in ("chosen", "trials")}
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _recipe.keep(file, result)
 
 
 if __name__ == "__main__":
