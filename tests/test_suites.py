@@ -258,3 +258,12 @@ def test_the_readmes_ten_lines_are_a_task(tmp_path: Path) -> None:
     cells = [cell for claim in CLAIMS for cell in parsed("--model", "a/b").cells(claim, found)]
     assert {cell.claim for cell in cells} == {"instruments", "forgotten", "retained", "stays-forgotten"}
     assert isinstance(found.erased, Group)
+
+
+COMMANDS = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "suites").rglob("*.py")) if not path.stem.startswith(("test_", "_"))]
+
+
+@pytest.mark.parametrize("name", [".".join(path.parts) for path in COMMANDS])
+def test_a_recipe_can_be_started(name: str) -> None:
+    """The commands that committed numbers name still import."""
+    assert importlib.import_module(name).__doc__
