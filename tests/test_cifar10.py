@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fixtures.controller import _resolved
 from fixtures.keys import fits
 from harness import catalogue, pipeline, pocket
 from harness.catalogue import Spec
@@ -15,6 +16,7 @@ from harness.errors import SpecError
 from harness.pocket import ddpm
 from harness.spec import Task
 from suites.cifar10 import train, tune
+from tests.test_options import parsed
 
 SUITE = Path(__file__).parents[1] / "suites" / "cifar10"
 PUBLISHED = ("airplane", "bird", "cat", "deer", "full")
@@ -137,3 +139,10 @@ def test_presets_and_trials_are_for_methods_that_run_here() -> None:
     stages += [catalogue.make("unlearning", Spec.parse(text), {}) for texts in tune.TRIALS.values() for text in texts]
     assert all(catalogue.runs_on(type(stage), "class-conditional") for stage in stages)
     assert pocket.presets("owner/name") == {}
+
+
+def test_a_verdict_names_the_model_and_methods_that_the_task_decided() -> None:
+    """Where the command line leaves them to the task, `run.options` still says what ran; what it names stands."""
+    found = Task.load(Path(__file__).parents[1] / "suites" / "cifar10" / "pocket.toml")
+    assert _resolved(parsed(), [found]) == {"model": "pocket-ddpm", "methods": ["dimum", "salun", "sfron"]}
+    assert _resolved(parsed("--method", "ga"), [found])["methods"] == ["ga"]
