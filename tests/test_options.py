@@ -482,6 +482,13 @@ def test_less_or_other_than_the_standard_profile_is_no_gate(written: list[str], 
     assert all(reason in text for reason, text in zip(reasons, found, strict=True))
 
 
+def test_of_several_tasks_each_says_what_is_left_out() -> None:
+    """The same number means another thing of another task; tau and alpha are said once."""
+    left_out = "12 of the 39 claims of the standard profile are not selected"
+    found = parsed("--steps", "50", "--tau", "0.2").deviations([TASK, replace(TASK, id="other")])
+    assert found == ["--tau 0.2 differs from the task's own 0.1", f"celebrity/{TASK.id}: {left_out}", f"celebrity/other: {left_out}"]
+
+
 def test_a_candidate_is_held_against_its_own_claims(tmp_path: Path) -> None:
     """One model instead of three: 3 + 3 + 3 + 6 = 15 claims; all of them are a gate, without the 200 steps (1 + 3 claims) they are not."""
     candidate = ["--candidate", str(tmp_path)]

@@ -14,7 +14,7 @@ from suites.celebrity import tune
 
 SHORT = "batch=8:images_per_prompt=16"
 TRIALS = {
-    "dimum": [f"dimum:{SHORT}:lr={lr}:steps=60" for lr in ("5e-4", "3e-4", "2e-4")],
+    "dimum": [f"dimum:{SHORT}:lr={lr}:steps=60" for lr in ("5e-4", "3e-4", "2e-4", "1e-4")],
     "salun": [f"salun:{SHORT}:alpha=1:mask_guidance=1:lr={lr}:steps=60" for lr in ("5e-4", "1e-3")],
     "sfron": [f"sfron:{SHORT}:forget={how}:mask_guidance=1:lr={lr}:decay=60:steps=60" for how, lr in (("rl", "5e-4"), ("rl", "1e-3"), ("adaga", "5e-4"))],
     "erasediff": [f"erasediff:{SHORT}:barrier=gradient:lr={lr}:steps=60" for lr in ("5e-4", "1e-3")],
@@ -23,4 +23,4 @@ TRIALS = {
 }
 
 if __name__ == "__main__":
-    tune.main(tune.Grid(Path(__file__).parent, TRIALS, (20, 10)), __doc__)
+    tune.main(tune.Grid(Path(__file__).parent, TRIALS, (50, 40)), __doc__)
