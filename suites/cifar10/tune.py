@@ -15,7 +15,7 @@ from suites.celebrity import tune
 SHORT = "batch=8:images_per_prompt=16"
 TRIALS = {
     "dimum": [f"dimum:{SHORT}:lr={lr}:steps=60" for lr in ("5e-4", "3e-4", "2e-4", "1e-4")],
-    "salun": [f"salun:{SHORT}:alpha=1:mask_guidance=1:lr={lr}:steps=60" for lr in ("5e-4", "1e-3")],
+    "salun": [f"salun:{SHORT}:alpha=1:mask_guidance=1:lr={lr}:steps=60" for lr in ("5e-4", "1e-3", "3e-4", "2e-4")],
     "sfron": [f"sfron:{SHORT}:forget={how}:mask_guidance=1:lr={lr}:decay=60:steps=60" for how, lr in (("rl", "5e-4"), ("rl", "1e-3"), ("adaga", "5e-4"))],
     "erasediff": [f"erasediff:{SHORT}:barrier=gradient:lr={lr}:steps=60" for lr in ("5e-4", "1e-3")],
     "esd": [f"esd:trains=f:batch=8:sampler_steps=6:guidance=2:lr={lr}:steps=60" for lr in ("2e-4", "5e-4")],
