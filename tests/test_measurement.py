@@ -283,9 +283,9 @@ DATA = tiny.task().finetune["in"]  # f and g under two prompts
 def test_the_loss_of_one_model_is_always_the_same() -> None:
     """Bit for bit, whatever the global generator did in between; one value per held-out image, without gradient."""
     torch.manual_seed(1)
-    first = held_out_loss(Models(), ROOT, DATA)
+    first = held_out_loss(Models(), ROOT, DATA, least=4)
     torch.manual_seed(2)
-    second = held_out_loss(Models(), ROOT, DATA)
+    second = held_out_loss(Models(), ROOT, DATA, least=4)
     assert torch.equal(first, second)
     assert first.shape == (4,)
     assert not first.requires_grad
@@ -295,7 +295,7 @@ def test_two_models_are_asked_about_the_same_noise_at_the_same_timesteps() -> No
     """Paired: the same x_t, t and captions reach both UNets, so their losses can be subtracted image by image."""
     engine = Models()
     seen = {key: small.witness(model) for key, model in engine.pipes.items()}
-    losses = [held_out_loss(engine, lineage, DATA) for lineage in (ROOT, TUNED)]
+    losses = [held_out_loss(engine, lineage, DATA, least=4) for lineage in (ROOT, TUNED)]
     pairs = list(zip(*seen.values(), strict=True))
     assert len(pairs) == 4
     for a, b in pairs:
@@ -310,7 +310,7 @@ def test_the_loss_is_the_mean_squared_error_over_the_draws() -> None:
     engine = Models()
     pipe = engine.pipes[ROOT.key]
     seen, x_0 = small.witness(pipe), pipe.latents(small.pictures(4))[0]
-    losses = held_out_loss(engine, ROOT, DATA, draws=3)
+    losses = held_out_loss(engine, ROOT, DATA, draws=3, least=4)
     expected = []
     for each in seen:
         abar = pipe.schedule.alphas_cumprod[each.t].view(-1, 1, 1, 1)
@@ -332,14 +332,22 @@ def test_a_kept_loss_is_found_by_all_that_it_depends_on() -> None:
     assert len({first, *others}) == 5
 
 
-def test_the_held_out_images_are_the_base_models_own_one_per_prompt() -> None:
+def test_the_held_out_images_are_the_base_models_own_as_many_of_each_prompt() -> None:
     """Whatever lineage is measured, the unedited base model draws them, with the task's sampler, under every prompt of the set."""
     engine = Models()
-    held_out_loss(engine, TUNED, DATA)
+    held_out_loss(engine, TUNED, DATA, least=3)
     ((lineage, chosen, sampler),) = engine.asked
     assert lineage == ROOT
     assert sampler == tiny.task().sampler
     assert chosen.prompts == ("a f", "the f", "a g", "the g")
+
+
+@pytest.mark.parametrize(("prompts", "images"), [(1, 30), (4, 32), (29, 58), (30, 30), (31, 31)])
+def test_the_held_out_images_are_enough_to_tell_two_models_apart(prompts: int, images: int) -> None:
+    """At least thirty, however few the prompts; one of each prompt where these are thirty."""
+    data, engine = Group(("f",), tuple(f"{i} {{}}" for i in range(prompts))), Models()
+    assert held_out_loss(engine, ROOT, data, draws=1).shape == (images,)
+    assert len(set(engine.asked[0][1].seeds)) == images
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -286,6 +286,7 @@ def test_the_verdict_obeys_its_schema(mixed: Mixed) -> None:
     assert run["devices"] == ["a machine"]
     assert {"resurgence", "torch", "python"} <= run["versions"].keys()
     assert run["options"]["seeds"] == 1
+    assert run["options"]["methods"] == ["esd", "uce", "dimum"]  # the task's, as nobody named any
     assert run["tasks"]["celebrity/pocket"]["tolerance"]["tau"] == 0.1
 
 
