@@ -222,12 +222,12 @@ def test_self_destruction_is_retained_people_who_go() -> None:
         (
             EVERY[0],
             lambda lineage, asked: (0, 200) if asked == BOTH and len(lineage.stages) == 2 else None,
-            "fragile control .* did not come back after 4 steps",
+            "fragile control .* is not shown to come back after 4 steps",
         ),
         (
             EVERY[2],
             lambda lineage, asked: (0, 200) if asked == BOTH and len(lineage.stages) == 2 else None,
-            "fragile control .* did not come back after 4 steps",
+            "fragile control .* is not shown to come back after 4 steps",
         ),
         (EVERY[0], lambda lineage, asked: (0, 200) if not lineage.stages and asked == ("x", "") else None, "not shown to draw 'x'"),
         (EVERY[1], lambda lineage, asked: (0, 200) if asked == ("p", "none") else None, "anchor images are not shown"),
