@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import catalogue
-from harness.errors import ResurgenceError
+from harness.errors import ResurgenceError, SpecError
 from harness.spec import ImageSet, Lineage, Sampler, key
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def needed(lineage: Lineage) -> list[tuple[str, Wanted]]:
 
     stage = lineage.stages[-1]
     catalogue.fits(stage, pipeline.family(lineage.base))
-    return [(name, (chosen, lineage.task.sampler)) for name, chosen in stage.images(lineage.task.view(stage.reads)).items()]
+    chosen = stage.images(lineage.task.view(stage.reads))
+    if chosen and "sampler" not in stage.reads:
+        raise SpecError(f"{type(stage).__module__} learns from images and does not read their sampler; add 'sampler' to `reads`, which make its address")
+    return [(name, (each, lineage.task.sampler)) for name, each in chosen.items()]
 
 
 def ordered(lineages: Iterable[Lineage], pictures: Iterable[tuple[Lineage, Wanted]] = ()) -> list[Job]:

@@ -263,7 +263,7 @@ class Stage(Protocol):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The parts of the task it may see."""
+        """The parts of the task it may see, and of which its address is made; with `sampler` if it learns from images."""
 
     @property
     def trains(self) -> str:

@@ -1,10 +1,10 @@
 """Gate the gate: candidates whose verdict is known go through the real command line.
 
-    python -m tests.controls FOLDER
+    python -m tests.controls FOLDER [SUITE ...]
 
 makes a forgetter (really forgets), a pretender (hides the concept behind an edit that fine-tuning washes away), a
 bystander (does nothing) and noise (draws nothing), gates each of them with `pytest suites/celebrity --candidate`, and
-fails unless the exit codes are what they must be.
+fails unless the exit codes are what they must be. Of another suite: a bystander and noise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,25 +26,26 @@ from harness.spec import Lineage, Task
 from harness.store import Store
 
 ROOT = Path(__file__).parent.parent
+CELEBRITY = "celebrity"
 EXPECTED = {"forgetter": {0}, "pretender": {1}, "bystander": {1, 11}, "noise": {1}}
 
 
-def make(folder: Path) -> dict[str, Path]:
-    """The four candidates as delta files."""
-    task = Task.load(ROOT / "suites" / "celebrity" / "pocket.toml")
-    root = Lineage(pipeline.identify("pocket"), task)
+def make(folder: Path, suite: str) -> dict[str, Path]:
+    """The candidates as delta files."""
+    task = Task.load(ROOT / "suites" / suite / "pocket.toml")
+    root = Lineage(pipeline.identify(task.model), task)
     engine = Engine(Store(folder / "store"), print)
     pipe = engine.load(root)
     noise = torch.Generator().manual_seed(0)
     deltas = {
-        "forgetter": forgetter(pipe, task),
         "bystander": {"unet.conv_out.bias": pipe.named()["unet.conv_out.bias"].detach().clone()},
         "noise": {name: torch.randn(p.shape, generator=noise) * 0.05 for name, p in pipe.named().items() if name.startswith("unet.")},
     }
-    pretender = root.then(catalogue.make("unlearning", Spec.parse(task.control), presets("pocket")))
-    engine.load(pretender)
-    deltas["pretender"] = {name: p.detach().clone() for name, p in pipe.named().items() if ".attn2." in name}
-    paths = {name: folder / f"{name}.safetensors" for name in deltas}
+    if suite == CELEBRITY:
+        deltas["forgetter"] = forgetter(pipe, task)
+        engine.load(root.then(catalogue.make("unlearning", Spec.parse(task.control), presets(task.model))))
+        deltas["pretender"] = {name: p.detach().clone() for name, p in pipe.named().items() if ".attn2." in name}
+    paths = {name: folder / f"{suite}-{name}.safetensors" for name in deltas}
     for name, tensors in deltas.items():
         save_file(tensors, paths[name])
     return paths
@@ -70,28 +72,28 @@ def words(pipe: pipeline.Pipe, text: str) -> list[int]:
     return list(pipe.tokenizer(text).input_ids[1:-1])
 
 
-def gate(candidate: Path, folder: Path) -> tuple[int, dict[str, object]]:
+def gate(suite: str, candidate: Path, folder: Path) -> tuple[int, dict[str, object]]:
     """Exit code and verdict.json of the real command."""
     report = folder / f"report-{candidate.stem}"
-    command = [sys.executable, "-m", "pytest", "suites/celebrity", "-n", "2", "-q", "--candidate", str(candidate)]
+    command = [sys.executable, "-m", "pytest", f"suites/{suite}", "-n", "2", "-q", "--candidate", str(candidate)]
     command += ["--store", str(folder / "store"), "--report", str(report)]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     return code, json.loads((report / "verdict.json").read_text(encoding="utf-8"))
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, suites: Sequence[str]) -> int:
     """Make, gate, compare."""
-    wrong = []
-    for name, path in make(folder).items():
-        code, verdict = gate(path, folder)
-        right = code in EXPECTED[name] and verdict["gate"] is True and verdict["exit_code"] == code
-        print(f"control {name}: exit {code}, expected {sorted(EXPECTED[name])}: {'right' if right else 'WRONG'}", flush=True)
-        wrong += [] if right else [name]
-    print(f"{len(EXPECTED) - len(wrong)} passed, {len(wrong)} failed")
-    return 1 if wrong else 0
+    right = []
+    for suite in suites:
+        for name, path in make(folder, suite).items():
+            code, verdict = gate(suite, path, folder)
+            right.append(code in EXPECTED[name] and verdict["gate"] is True and verdict["exit_code"] == code)
+            print(f"{suite}, control {name}: exit {code}, expected {sorted(EXPECTED[name])}: {'right' if right[-1] else 'WRONG'}", flush=True)
+    print(f"{sum(right)} passed, {len(right) - sum(right)} failed")
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    sys.exit(main(target))
+    sys.exit(main(target, sys.argv[2:] or [CELEBRITY]))

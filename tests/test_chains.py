@@ -97,17 +97,19 @@ def command(arguments: list[str]) -> tuple[int, str]:
     return int(code), said.getvalue()
 
 
+def prepared(place: Path, layout: str) -> Path:
+    """The folder with a model of the layout and the suites' tasks in it; a store may come."""
+    tiny.of_layout(layout).save_pretrained(place / "model")
+    (place / "prompts.csv").write_text("prompt\na x\nin x\n")
+    for suite, more in MORE.items():
+        (place / f"{suite}.toml").write_text(f'suite = "{suite}"\n{more}{TASK}')
+    return place
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each layout a folder with the model, the suites' tasks and a store."""
-    found = {}
-    for layout in tiny.LAYOUTS:
-        place = found[layout] = tmp_path_factory.mktemp(layout)
-        tiny.of_layout(layout).save_pretrained(place / "model")
-        (place / "prompts.csv").write_text("prompt\na x\nin x\n")
-        for suite, more in MORE.items():
-            (place / f"{suite}.toml").write_text(f'suite = "{suite}"\n{more}{TASK}')
-    return found
+    """For each layout such a folder."""
+    return {layout: prepared(tmp_path_factory.mktemp(layout), layout) for layout in tiny.LAYOUTS}
 
 
 @pytest.mark.parametrize("suite", MORE)

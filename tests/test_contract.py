@@ -18,7 +18,7 @@ from fixtures.models import presets
 from harness import catalogue, sampling
 from harness.catalogue import Spec
 from harness.pipeline import Pipe, StableDiffusion, group
-from harness.spec import Base, ImageSet, Lineage, Stage
+from harness.spec import Base, ImageSet, Lineage, Sampler, Stage
 from harness.training import Run
 from tests import tiny
 
@@ -107,6 +107,14 @@ def test_a_stage_is_its_fields(kind, name):
     assert has(kind, name, "seed")
     assert set(stage.reads) <= {f.name for f in dataclasses.fields(TASK)}
     assert any(map(group(stage.trains), before()))
+
+
+@every_stage
+def test_what_is_learnt_from_images_has_their_sampler_in_its_address(kind, name):
+    """Images drawn in other steps make another model."""
+    stage = small(kind, name)
+    ends = {Lineage(Base("digest", "source"), dataclasses.replace(TASK, sampler=Sampler(steps, 3.0)), (stage,)).key for steps in (6, 50)}
+    assert len(ends) == 2 or not stage.images(TASK.view(stage.reads))
 
 
 @every_stage

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +26,7 @@ from harness.store import Store
 from harness.unlearning import esd
 from tests import tiny
 from tests.conftest import die
+from tests.test_chains import METHODS, PATIENCE, TUNE, command, prepared
 
 TASK = tiny.task()
 WANTED = (ImageSet(("a x", "the y"), (5, 6)), TASK.sampler)
@@ -73,8 +77,9 @@ def counted(run: Callable[[], object], at: int = -1) -> bytes:
     return bytes(phases)
 
 
-def forked(run: Callable[[], object]) -> int:
-    """The exit code of a copy of this process that does it; minus the signal's number if a signal ended it."""
+def forked(run: Callable[[], object], patience: float = PATIENCE) -> int:
+    """The exit code of a copy of this process that does it, killed after so many seconds; minus the signal's number if a signal ended it."""
+    late = time.monotonic() + patience
     pid = os.fork()
     if pid == 0:
         try:
@@ -83,7 +88,11 @@ def forked(run: Callable[[], object]) -> int:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > late:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -128,3 +137,40 @@ def nursery(folder: Path, root: Lineage, phase: str) -> tuple[list[str], int]:
 def test_a_kill_at_a_random_moment_changes_nothing(phase, base, tmp_path, child):
     """SIGKILL in unlearning, fine-tuning, sampling or publishing: what is left is whole, is not made again, and the end is the same to the bit."""
     assert child(nursery, tmp_path, Lineage(base, TASK), phase).result() == ([], EACH)
+
+
+def verdicts(folder: Path) -> tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]:
+    """What an undisturbed gate says; and what two say that were killed at random moments first, each with how often."""
+    place = prepared(folder, "sd14")
+    asked = ["suites/object", "--no-control", "--steps", "2", "--finetune", TUNE, "--method", f"{METHODS['esd']},{METHODS['uce']}"]
+
+    def gate(name: str, patience: float = PATIENCE) -> bool:
+        """Whether the run came to its end, which is a verdict and no crash; else it was killed."""
+        options = {"--model": place / "model", "--task": place / "object.toml", "--store": folder / name, "--report": folder / f"report-{name}"}
+        code = forked(lambda: os._exit(command([*asked, *(str(each) for pair in options.items() for each in pair)])[0]), patience)
+        assert code in {-9, 11, 12}, code
+        return code != -9
+
+    def said(name: str) -> dict[str, Any]:
+        """All that the verdict says of the claims, but for how long it took."""
+        found = json.loads((folder / f"report-{name}" / "verdict.json").read_text())
+        return {"exit": found["exit_code"], "claims": [{**claim, "seconds": 0} for claim in found["claims"]], "lineages": sorted(found["lineages"])}
+
+    started = time.monotonic()
+    assert gate("whole")
+    whole, rng, disturbed = time.monotonic() - started, random.Random(5), []
+    for name in ("first", "second"):
+        kills = sum(not gate(name, whole * rng.uniform(0.2, 0.8)) for _ in range(3))
+        assert gate(name)
+        disturbed.append((kills, said(name)))
+    return said("whole"), disturbed
+
+
+@pytest.mark.slow
+def test_a_gate_that_was_killed_says_in_the_end_what_an_undisturbed_one_says(tmp_path, child):
+    """The command itself, killed by the clock wherever it is, over and over on one store: rates, hits, words and exit code are the same."""
+    expected, disturbed = child(verdicts, tmp_path).result(6 * PATIENCE)
+    assert {claim["verdict"] for claim in expected["claims"]} >= {"holds"}
+    for kills, found in disturbed:
+        assert kills
+        assert found == expected

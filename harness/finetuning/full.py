@@ -30,7 +30,7 @@ class Finetune:
 
     version: ClassVar[int] = 1
     families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
-    reads: ClassVar[tuple[str, ...]] = ("finetune",)
+    reads: ClassVar[tuple[str, ...]] = ("finetune", "sampler")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
         """The fine-tuning images."""

@@ -40,7 +40,7 @@ class Finetune:
     version: ClassVar[int] = 1
     trains: ClassVar[str] = "unet"
     families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
-    reads: ClassVar[tuple[str, ...]] = ("finetune",)
+    reads: ClassVar[tuple[str, ...]] = ("finetune", "sampler")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
         """The fine-tuning images."""

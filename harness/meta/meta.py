@@ -81,8 +81,8 @@ class Method:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The base's parts of the task, and the two of the meta term."""
-        return tuple(dict.fromkeys((*getattr(self.base, "reads", ()), "erased", "retain")))
+        """The base's parts of the task, the two of the meta term, and how their images are drawn."""
+        return tuple(dict.fromkeys((*getattr(self.base, "reads", ()), "erased", "retain", "sampler")))
 
     def _stage(self) -> Any:
         """The base method as it will run."""

@@ -35,7 +35,7 @@ class Attack:
 
     version: ClassVar[int] = 1
     families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
-    reads: ClassVar[tuple[str, ...]] = ("retain",)
+    reads: ClassVar[tuple[str, ...]] = ("retain", "sampler")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
         """D_aux."""

@@ -45,7 +45,7 @@ class Attack:
 
     version: ClassVar[int] = 1
     families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
-    reads: ClassVar[tuple[str, ...]] = ("erased", "finetune")
+    reads: ClassVar[tuple[str, ...]] = ("erased", "finetune", "sampler")
 
     def __post_init__(self) -> None:
         if self.images_per_concept < 1:

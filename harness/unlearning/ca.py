@@ -48,7 +48,7 @@ class Method:
     seed: int = 0
 
     version: ClassVar[int] = 1
-    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor")
+    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "sampler")
 
     def __post_init__(self) -> None:
         positive(self, "batch", "images_per_prompt")

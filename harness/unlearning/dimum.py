@@ -39,7 +39,7 @@ class Method:
 
     version: ClassVar[int] = 2
     families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
-    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain", "sampler")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:
         """The retain set and the alternative's images, prompt by prompt as the target's."""

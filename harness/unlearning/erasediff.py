@@ -52,7 +52,7 @@ class Method:
     seed: int = 0
 
     version: ClassVar[int] = 1
-    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain", "sampler")
     families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
 
     def images(self, task: Any) -> Mapping[str, ImageSet]:

@@ -62,7 +62,7 @@ class Method:
 
     version: ClassVar[int] = 1
     trains: ClassVar[str] = "unet.xattn_kv"
-    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain", "sampler")
 
     def __post_init__(self) -> None:
         for name, least in {"rank": 1, "lora_steps": 0, "lora_batch": 1, "images_per_concept": 1, "lam1": 0, "lam2": 0, "lam3": 0, "ridge": 0}.items():

@@ -49,7 +49,7 @@ class Method:
     seed: int = 0
 
     version: ClassVar[int] = 1
-    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain", "sampler")
     families: ClassVar[tuple[str, ...]] = ("text-to-image", "class-conditional")
 
     def __post_init__(self) -> None:

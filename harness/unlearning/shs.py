@@ -56,7 +56,7 @@ class Method:
     seed: int = 0
 
     version: ClassVar[int] = 1
-    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain")
+    reads: ClassVar[tuple[str, ...]] = ("erased", "anchor", "retain", "sampler")
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)

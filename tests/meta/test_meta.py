@@ -199,7 +199,7 @@ def test_the_meta_sets_are_the_erased_and_the_retained_prompts() -> None:
     assert set(sets) == {"retain", "alternative", "meta.forget", "meta.retain"}
     assert set(sets["meta.forget"].prompts) == {"a x", "the x", "a y", "the y"}
     assert set(sets["meta.retain"].prompts) == {"a k", "the k", "a l", "the l"}
-    assert stage.reads == ("erased", "anchor", "retain")
+    assert stage.reads == ("erased", "anchor", "retain", "sampler")
     assert sets["retain"] == DIMUM.images(task)["retain"]
 
 

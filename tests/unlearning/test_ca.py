@@ -69,7 +69,7 @@ def test_every_target_gets_each_anchors_images_under_its_own_prompts(erased: tup
 def test_it_shares_dimums_images() -> None:
     """The same pictures of the anchor serve both: with one anchor the sets are equal, so the store draws them once."""
     assert Method().images(tiny.task())["anchor"] == dimum.Method().images(tiny.task())["alternative"]
-    assert Method.reads == ("erased", "anchor")
+    assert Method.reads == ("erased", "anchor", "sampler")
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def test_another_batch_is_another_control() -> None:
 
 def test_it_reads_the_retain_set_only() -> None:
     """2 retained names, 2 prompts, 5 images: 20, and it is not even told who is erased."""
-    assert Method.reads == ("retain",)
+    assert Method.reads == ("retain", "sampler")
     assert len(Method().images(tiny.task())["retain"].prompts) == 20
     small.after(QUICK, tiny.task().view(Method.reads))
 
