@@ -146,6 +146,14 @@ def test_prompts_of_a_users_file(tmp_path: Path) -> None:
     assert found.erased.asking("nudity")[0] == "bare woman"
 
 
+def test_a_prompt_that_a_file_repeats_is_asked_once(tmp_path: Path) -> None:
+    """Published files repeat some; the same prompt has the same noise, so it would be the same image."""
+    from harness.taskfile import prompts_in
+
+    (tmp_path / "p.csv").write_text("prompt\ntwo\none\n two \none\nOne\n")
+    assert prompts_in(str(tmp_path / "p.csv"), "ours") == ("two", "one", "One")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
