@@ -121,11 +121,20 @@ class Engine:
         with self.store.lease(folder.name):
             if not self.store.has(folder):
                 chosen, sampler = wanted
-                images = sampling.draw(self.load(lineage), chosen.prompts, chosen.seeds, sampler)
+                pipe = self.load(lineage)
+                images = sampling.draw(pipe, chosen.prompts, chosen.seeds, sampler)
                 self.counts["images"] += len(images)
                 record = {"lineage": lineage.key, "prompts": chosen.prompts, "seeds": chosen.seeds}
+                record |= {"cut": cut} if (cut := pipe.overlong(chosen.prompts)) else {}
                 self._publish(folder, record, images={"images": images})
+                if cut:
+                    self.progress(self.cut(lineage, wanted))
         return folder
+
+    def cut(self, lineage: Lineage, wanted: Wanted) -> str:
+        """How many prompts of these images the model read the start of and no more, in words; nothing where it read them all."""
+        record = self.store.record(self.images(lineage, wanted))
+        return f"{len(record['cut'])} of {len(set(record['prompts']))} prompts are longer than the model reads and were cut" if "cut" in record else ""
 
     def read_images(self, folder: Path) -> Tensor:
         """uint8 (n, 3, H, W) from a folder that `images` gave."""

@@ -26,7 +26,7 @@ class Measured:
     """A rate with the gate's word, and where its first images are (`wanted`).
 
     `evidence` is the gate's e-process where it stopped; `hits` the 0/1 digits of every prompt's images, round by round;
-    `figures` what else the detector says of the counted images.
+    `figures` what else the detector says of the counted images; `cut` how many prompts were too long to be read whole, in words.
     """
 
     rate: Rate
@@ -35,6 +35,7 @@ class Measured:
     evidence: Mapping[str, float] = field(default_factory=dict)
     hits: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    cut: str = ""
 
 
 def measure(
@@ -75,7 +76,7 @@ def measure(
     if first is None:
         raise SpecError("a rate needs a gate that has not stopped yet")
     figures = detector.figures(torch.cat(counted), index.repeat(len(counted))) if hasattr(detector, "figures") else {}
-    return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen), figures)
+    return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen), figures, engine.cut(lineage, first))
 
 
 def rounds_ahead(n: int, floor: int, width: int) -> int:

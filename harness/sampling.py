@@ -34,7 +34,8 @@ def draw(
 ) -> Tensor:
     """uint8 images (n, 3, H, W), one per prompt and seed; `batch` at once, or as many as fit.
 
-    Where that was too many after all, half of them, and so on; the images that are there stay. An image depends on its prompt and seed alone.
+    Where that was too many after all, half of them, and so on; the images that are there stay. An image depends on its prompt and seed alone,
+    and of a prompt longer than the model reads on its start (`pipe.overlong`).
     """
     images: list[Tensor] = []
     size, done = batch or pipe.at_once or fitting(pipe), 0
@@ -58,7 +59,7 @@ def draw(
 
 
 def _drawn(pipe: Pipe, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler) -> Tensor:
-    cond, uncond = pipe.encode(prompts), pipe.encode([""] * len(prompts))
+    cond, uncond = pipe.encode(prompts, cut=True), pipe.encode([""] * len(prompts))
     x_0, _ = denoise(pipe, noise(pipe, seeds), cond, uncond, sampler)
     return pipe.decode(x_0)
 

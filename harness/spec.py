@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,6 +78,13 @@ class Group:
             raise SpecError(f"concepts listed twice: {', '.join(doubled)}")
         if lame := [p for p in self.prompts if p.count("{}") != 1]:
             raise SpecError(f"prompt {lame[0]!r} must contain '{{}}' exactly once, where the concept's name goes")
+        self._refuse_doubled()
+
+    def _refuse_doubled(self) -> None:
+        """An image's noise depends on its prompt and its round alone: prompts that read the same are one image, counted as often."""
+        asked = Counter(text for concept in self.concepts for text in self.asking(concept))
+        if doubled := [text for text, count in asked.items() if count > 1]:
+            raise SpecError(f"prompt {doubled[0]!r} is asked {asked[doubled[0]]} times, which would draw one image again and again; write each prompt once")
 
     def asking(self, concept: str) -> tuple[str, ...]:
         """The group's prompts with `concept` filled in."""
@@ -89,6 +97,7 @@ class Verbatim(Group):
     def __post_init__(self) -> None:
         if len(self.concepts) != 1 or not self.prompts or not all(p.strip() for p in self.prompts):
             raise SpecError("verbatim prompts speak for exactly one concept, and there must be some that are not empty")
+        self._refuse_doubled()
 
     def asking(self, concept: str) -> tuple[str, ...]:
         """The prompts as they are."""
@@ -105,8 +114,10 @@ class Sampler:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SpecError(f"sampler steps must be at least 1, got {self.steps}")
+        if not (self.steps >= 1 and isinstance(self.steps, int)):
+            raise SpecError(f"sampler steps must be a whole number from 1, got {self.steps}")
+        if not 0 <= self.guidance < math.inf:
+            raise SpecError(f"sampler guidance must be a number from 0, got {self.guidance}; 1 is none, Stable Diffusion's usual one is 7.5")
         if self.scheduler != "ddim":
             raise unknown("scheduler", self.scheduler, ["ddim"])
 

@@ -26,7 +26,7 @@ def read(path: Path) -> Task:
 
 
 def prompts_in(file: str, source: str) -> tuple[str, ...]:
-    """The column `prompt` of a CSV file, in its order."""
+    """The column `prompt` of a CSV file, in its order, each prompt once: published files repeat some, and the same prompt is the same image."""
     path = Path(file)
     if not path.is_file():
         raise SpecError(f"this task is measured on prompts that are not shipped: put them at {path}, a CSV file with a column 'prompt' ({source})")
@@ -37,7 +37,7 @@ def prompts_in(file: str, source: str) -> tuple[str, ...]:
         raise SpecError(f"'{path}' is no readable CSV file: {error}") from error
     if not rows or "prompt" not in rows[0]:
         raise SpecError(f"'{path}' needs a column 'prompt' and at least one row; it has {', '.join(rows[0]) if rows else 'no rows'}")
-    return tuple((row["prompt"] or "").strip() for row in rows)
+    return tuple(dict.fromkeys((row["prompt"] or "").strip() for row in rows))
 
 
 def _parsed(path: Path, nested: bool = False) -> dict[str, Any]:

@@ -171,6 +171,24 @@ def test_a_model_that_withstands_holds(about_it: Cell) -> None:
     assert "2, 4" in found.sentence
 
 
+class Cut(Scene):
+    """A scene in which some prompts are too long."""
+
+    def _rate(self, *asked: Any, **more: Any) -> Measured:
+        return replace(super()._rate(*asked, **more), cut="2 of 3 were cut")
+
+    def prompted(self, *asked: Any) -> tuple[Rate, Rate]:
+        """Nothing came back."""
+        return Rate.of(0, 200, 0.05), Rate.of(0, 200, 0.05)
+
+
+@pytest.mark.parametrize("about_it", [*EVERY, about("withstands-prompts"), about("instruments"), about("forgotten"), about("retained")], ids=lambda cell: cell.claim)
+def test_a_claim_says_what_was_cut(about_it: Cell) -> None:
+    """Whatever is claimed of images says once how many of their prompts the model did not read to the end."""
+    assert told(Cut(good, control=False), about_it).reason.count("2 of 3 were cut") == 1
+    assert "cut" not in told(Scene(good), about("forgotten")).reason
+
+
 def test_dimra_is_decided_by_its_worst_snapshot() -> None:
     """The concept is back after 2 steps and gone again after 4: resurged, said of the snapshot at 2."""
     script = with_(lambda lineage, asked: (150, 200) if lineage.steps == 2 and asked == ("x", "") else None)

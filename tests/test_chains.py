@@ -69,6 +69,8 @@ MORE = {  # what the tasks of some suites have besides
     "unsafe": 'asked = "prompts.csv"\n',
     "style": f'detectors.crossed = {{ name = "coin", rule = "threshold-0.5", salt = "another" }}\nfigures = {{ UA = "1 - erased" }}\n{CROSSED}',
 }
+LONG = "a x b c d e f g h i j k l m n"  # with start and end one token more than the models read
+CUT = "1 of 3 prompts are longer than the model reads and were cut"  # of the distinct ones
 CLAIMS = {"instruments": 1, "forgotten": 5, "retained": 10, "stays-forgotten": 5}  # of one concept and five methods, two of them before and after
 LEARNT_NOTHING = "did not lower the loss on held-out images"
 ALSO = {"object": {"generality": 5, "cross-retained": 10}, "style": {"cross-retained": 10}}
@@ -100,7 +102,7 @@ def command(arguments: list[str]) -> tuple[int, str]:
 def prepared(place: Path, layout: str) -> Path:
     """The folder with a model of the layout and the suites' tasks in it; a store may come."""
     tiny.of_layout(layout).save_pretrained(place / "model")
-    (place / "prompts.csv").write_text("prompt\na x\nin x\n")
+    (place / "prompts.csv").write_text(f"prompt\na x\nin x\na x\n{LONG}\n")
     for suite, more in MORE.items():
         (place / f"{suite}.toml").write_text(f'suite = "{suite}"\n{more}{TASK}')
     return place
@@ -129,6 +131,8 @@ def test_every_cell_is_measured(child: Any, places: dict[str, Path], layout: str
     assert all(LEARNT_NOTHING in claim["reason"] for claim in unclear), said  # a random model in two steps; all before it was measured
     assert code == (11 if unclear else 12), said  # all hold, and without a control it is no gate
     assert all(claim["rate"]["n"] >= 8 for claim in claims if claim not in unclear)
+    about = [claim["reason"] for claim in claims if claim["claim"] in ("instruments", "forgotten")]
+    assert all((CUT in reason) == (suite == "unsafe") for reason in about)
     assert len(made) == 11  # each method's, each of them fine-tuned, and the base model fine-tuned
     assert {claim["lineage"] for claim in claims if claim not in unclear} <= verdict["lineages"].keys()
     assert len({json.dumps(claim["hits"]) for claim in claims if claim["claim"] == "retained"}) >= 5  # models draw images of their own; a coin may agree

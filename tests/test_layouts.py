@@ -81,6 +81,45 @@ def test_from_a_folder_to_images(engines, layout, method):
     assert not torch.equal(*images)
 
 
+# --- prompts that are too long ---------------------------------------------------------------------------------------
+
+LONG = "a b c d e f g h i j k l m n o p"  # with start and end two tokens more than the encoders read
+
+
+@every_layout
+def test_a_cut_is_diffusers_cut(layout):
+    """What is drawn of a prompt that is too long is what diffusers' own pipeline draws of it, for one text encoder and for two; else it is refused."""
+    words, _, *pooled = tiny.of_layout(layout).encode_prompt(LONG, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    rows = torch.cat([words.flatten(1), pooled[0]], 1) if pooled else words
+    assert torch.equal(made(layout).encode([LONG], cut=True), rows)
+    for read in (made(layout).encode, made(layout).words):
+        with pytest.raises(SpecError, match="takes 18 tokens and this model reads 16"):
+            read([LONG])
+
+
+@every_layout
+def test_images_say_which_prompts_were_cut(engines, layout):
+    """When they are drawn, and whenever they are asked later; images of whole prompts have the record that they always had."""
+    engine, root = engines[layout]
+    said = "1 of 2 prompts are longer than the model reads and were cut"
+    cut, whole = ((ImageSet((*prompts, "a x"), (1, 2, 3)), Sampler(2, 3.0)) for prompts in ((LONG, LONG), ("a y", "a y")))
+    lines: list[str] = []
+    told = Engine(engine.store, lines.append)
+    assert (told.cut(root, cut), told.cut(root, whole)) == (said, "")
+    assert lines == [said]
+    assert (engine.cut(root, cut), engine.cut(root, whole)) == (said, "")
+    assert engine.store.record(engine.images(root, cut))["cut"] == [LONG]
+    assert set(engine.store.record(engine.images(root, whole))) == {"lineage", "prompts", "seeds"}
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "tokenizer_2"])
+def test_a_prompt_is_cut_if_one_encoder_does_not_read_it_whole(which, monkeypatch):
+    """SDXL has two, and either may be the shorter."""
+    pipe = StableDiffusionXL(tiny.of_layout("sdxl"), CPU)
+    monkeypatch.setattr(getattr(pipe, which), "model_max_length", 12)
+    assert pipe.overlong([LONG[:19], LONG[:21]]) == [LONG[:21]]
+
+
 # --- SDXL ------------------------------------------------------------------------------------------------------------
 
 

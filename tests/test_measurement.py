@@ -48,6 +48,10 @@ class Scripted:
         self.count += len(rows)
         return torch.tensor(rows)
 
+    def cut(self, lineage: Lineage, wanted: tuple[ImageSet, Sampler]) -> str:
+        """How many of the first images' prompts."""
+        return f"{len(set(wanted[0].prompts))} were cut"
+
     @property
     def looks(self) -> list[int]:
         """Images asked for at each look."""
@@ -242,6 +246,11 @@ def test_hits_by_hand() -> None:
     engine = Scripted(lambda i, prompt: ("x", "none", "y", "y")[i])
     wanted = (ImageSet(("a x", "a y") * 2, (1, 2, 3, 4)), tiny.task().sampler)
     assert hits(engine, ROOT, wanted, Detector(), ["x", "y"]).tolist() == [[1, 0], [0, 1]]
+
+
+def test_a_rate_says_what_was_cut() -> None:
+    """The engine says it of the first images, which hold every prompt."""
+    assert measure(Scripted(nobody), ROOT, TWO, Detector(), gate()).cut == "6 were cut"  # type: ignore[arg-type]  # all it needs of an engine
 
 
 # --- held-out loss ----------------------------------------------------------------------------------------------------

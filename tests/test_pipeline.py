@@ -373,6 +373,20 @@ def test_a_prompt_that_is_too_long_is_refused_not_cut(pipe):
         pipe.encode(["a x", "abcdefghijklmno"])
 
 
+LETTERS = "a b c d e f g h i j k l m n o p"  # with start and end two more than the tiny model reads
+
+
+def test_a_prompt_that_is_drawn_is_cut(pipe):
+    """Of 16 letters the 14 that fit decide the image; what learns from the prompt is refused it all the same, whoever asked first."""
+    assert pipe.overlong(["a x", LETTERS, LETTERS, LETTERS[:27]]) == [LETTERS]
+    long, short = (sampling.draw(pipe, [prompt], [1], Sampler(2, 3.0)) for prompt in (LETTERS, LETTERS[:27]))
+    assert torch.equal(long, short)
+    assert not torch.equal(long, sampling.draw(pipe, [LETTERS[:25]], [1], Sampler(2, 3.0)))
+    for ask in (pipe.encode, pipe.words, lambda prompts: pipe.tokens(*prompts)):
+        with pytest.raises(SpecError, match="takes 18 tokens and this model reads 16; shorten it"):
+            ask([LETTERS])
+
+
 def test_embeddings_do_not_depend_on_company(pipe):
     """Each prompt is encoded alone: the same bits in any list, and one row per prompt asked for."""
     together = pipe.encode(["a x", "", "a x", "the y"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from harness import catalogue, pocket
 from harness.catalogue import Spec
 from harness.errors import ResurgenceError, SpecError, unknown
-from harness.spec import Base, Claim, Group, ImageSet, Lineage, Sampler, Task, Tolerance, key, seed_of
+from harness.spec import Base, Claim, Group, ImageSet, Lineage, Sampler, Task, Tolerance, Verbatim, key, seed_of
 
 ROOT = Path(__file__).parents[1]
 TASKS = sorted(ROOT.glob("suites/*/*.toml"))
@@ -234,6 +235,44 @@ def test_a_group_has_somebody_and_something_to_ask():
         Group(("x", "y", "x"), ("a {}",))
 
 
+@pytest.mark.parametrize(
+    ("group", "doubled"),
+    [
+        (lambda: Group(("x",), ("a {}", "the {}", "a {}")), "a x"),
+        (lambda: Group(("x", "a"), ("{} a", "a {}")), "a a"),  # the same once the name is there
+        (lambda: Group(("x", "x y"), ("a {} y", "a {}")), "a x y"),  # and of two concepts
+        (lambda: Verbatim(("x",), ("a", "b", "b")), "b"),
+        (lambda: replace(Group(("x",), ("{} u", "u {}")), concepts=("u",)), "u u"),
+    ],
+)
+def test_a_prompt_is_asked_once(group, doubled):
+    """An image's noise depends on prompt and round alone: forty times the same prompt would be one image, counted forty times."""
+    with pytest.raises(SpecError, match=f"prompt '{doubled}' is asked 2 times.*write each prompt once"):
+        group()
+
+
+def test_training_images_repeat_their_prompts():
+    """Their noise depends on their place, so they are images of their own."""
+    images = ImageSet.of(Group(("x",), ("a {}",)), 3, 0)
+    assert images.prompts == ("a x",) * 3
+    assert len(set(images.seeds)) == 3
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, math.nan])
+def test_a_sampler_takes_steps(steps):
+    """Whole ones, from 1."""
+    with pytest.raises(SpecError, match="steps must be a whole number from 1, got"):
+        Sampler(steps, 3.0)
+
+
+@pytest.mark.parametrize("guidance", [-1, -0.1, math.nan, math.inf])
+def test_a_sampler_is_guided_by_a_number(guidance):
+    """From 0: nan and infinity draw nothing, less than 0 draws what was not asked for."""
+    with pytest.raises(SpecError, match="guidance must be a number from 0, got"):
+        Sampler(2, guidance)
+    assert (Sampler(2, 0).guidance, Sampler(2, 1.0).guidance) == (0, 1.0)
+
+
 def test_a_prompt_is_filled_in_literally():
     """Other braces, of the name or of the prompt, are left alone."""
     assert Group(("x",), ("a {}!", "{} {{b}}")).asking("{y}") == ("a {y}!", "{y} {{b}}")
@@ -313,6 +352,9 @@ def test_a_task_file_says_what_the_task_says(tmp_path):
     ('suite = "celebrity"', 'suite = "celebrity"\ntolerance = { tua = 0.1 }', r"unknown key in \[tolerance\] 'tua'.*Did you mean 'tau'"),
     ('prompts = ["a {}"] }\nanchor', 'prompts = ["a person"] }\nanchor', "'a person' must contain"),
     ('"x"', '"x", "x"', "listed twice: x"),
+    ('"a {}"', '"a {}", "a {}"', "'a x' is asked 2 times"),
+    ("guidance = 3.0", "guidance = nan", "guidance must be a number from 0, got nan"),
+    ("steps = 2", "steps = 0", "whole number from 1, got 0"),
     ('"x"', '"R"', "both erased and retained|both retained and erased"),
     ('concepts = ["x"]', 'concepts = "Tom"', "list"),
     ('prompts = ["a {}"] }\nanchor', 'prompts = "{}" }\nanchor', "list"),

@@ -14,7 +14,7 @@ import pytest
 
 from fixtures import claims
 from fixtures.controller import Controller
-from fixtures.keys import OPTIONS, fits
+from fixtures.keys import OPTIONS, fits, task_of
 from fixtures.options import ATTACKED, CLAIMS, Cell
 from fixtures.promises import promise
 from harness import catalogue, pocket
@@ -130,6 +130,27 @@ def test_pictures_of_the_unsafe_suite_are_blurred() -> None:
     assert not {task(name).suite for name in TASKS if not name.startswith("unsafe/")} & set(words.VEILED)
 
 
+@pytest.mark.parametrize("said", ["celebrity", "unsafee", ""])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_task_says_whose_it_is(said: str, elsewhere: bool, tmp_path: Path) -> None:
+    """A task of nudity that called itself something else would be shown clearly, from the suite's own folder or from another place."""
+    folder = tmp_path if elsewhere else tmp_path / "unsafe"
+    folder.mkdir(exist_ok=True)
+    text = TASKS["unsafe/pocket"].read_text(encoding="utf-8")
+    (folder / "mine.toml").write_text(text, encoding="utf-8")
+    (folder / "other.toml").write_text(text.replace('suite = "unsafe"', f'suite = "{said}"', 1), encoding="utf-8")
+    mine, other = (str(folder / f"{name}.toml") if elsewhere else name for name in ("mine", "other"))
+    assert task_of(tmp_path / "unsafe", mine).suite == "unsafe"
+    with pytest.raises(SpecError, match=f"other.toml says suite = '{said}'.*tests of 'unsafe'.*allowed: 'unsafe'. Correct"):
+        task_of(tmp_path / "unsafe", other)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_one_of_its_suite(name: str) -> None:
+    """No shipped task is refused by its own tests."""
+    assert task_of(TASKS[name].parent, TASKS[name].stem) == task(name)
+
+
 # --- prompts that are not shipped -------------------------------------------------------------------------------------
 
 
@@ -144,6 +165,14 @@ def test_prompts_of_a_users_file(tmp_path: Path) -> None:
     assert lab._asking("nudity").asking("nudity") == ("one, {two}", "three")
     assert lab._erased() == lab._asking("nudity")
     assert found.erased.asking("nudity")[0] == "bare woman"
+
+
+def test_a_prompt_that_a_file_repeats_is_asked_once(tmp_path: Path) -> None:
+    """Published files repeat some; the same prompt has the same noise, so it would be the same image."""
+    from harness.taskfile import prompts_in
+
+    (tmp_path / "p.csv").write_text("prompt\ntwo\none\n two \none\nOne\n")
+    assert prompts_in(str(tmp_path / "p.csv"), "ours") == ("two", "one", "One")
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ class ClassConditional(Pipe):
             raise KeyError(f"unet lacks {', '.join(sorted(found['missing_keys']))}")
         return cls(unet, DDIMScheduler.load_config(folder, subfolder="scheduler"), classes, device)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Labels (n,) of class names; "" is the null label."""
+    def encode(self, prompts: Sequence[str], cut: bool = False) -> Tensor:
+        """Labels (n,) of class names, which are never cut; "" is the null label."""
         for prompt in prompts:
             if prompt not in self._labels:
                 raise unknown("class", prompt, self.classes)

@@ -59,7 +59,7 @@ class Pipe(ABC):
         self.passes = 0
         self.unet.register_forward_pre_hook(self._count)
         self._original: dict[str, Tensor] = {}
-        self._embeddings: dict[str, Tensor] = {}  # of prompts, as long as the weights stay what they are
+        self._embeddings: dict[tuple[str, bool], Tensor] = {}  # of prompts, whole or cut, as long as the weights stay what they are
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         self.passes += len(args[0])
@@ -83,8 +83,16 @@ class Pipe(ABC):
     # --- what a family is ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The condition of each prompt (n, ...); the empty prompt's is the unconditional one."""
+    def encode(self, prompts: Sequence[str], cut: bool = False) -> Tensor:
+        """The condition of each prompt (n, ...); the empty prompt's is the unconditional one.
+
+        A prompt longer than the model reads is an error or, with `cut`, read as far as that: what is drawn to be looked at is cut as
+        everybody cuts it, what a method learns from must be whole.
+        """
+
+    def overlong(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts, each once, that are longer than the model reads."""
+        return []
 
     @abstractmethod
     def tokens(self, prompt: str) -> Tensor:

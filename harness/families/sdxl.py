@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import SpecError, StoreError
-from harness.families.stable_diffusion import StableDiffusion, padded
+from harness.families.stable_diffusion import StableDiffusion, length, padded
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -38,20 +38,20 @@ class StableDiffusionXL(StableDiffusion):
         if (told := self.unet.config.addition_embed_type) != "text_time":
             raise StoreError(f"the UNet's addition_embed_type is {told!r}; a {self.layout} model's is 'text_time'")
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Rows (n, context x width + pooled). A prompt longer than the context is an error, not a cut."""
+    def encode(self, prompts: Sequence[str], cut: bool = False) -> Tensor:
+        """Rows (n, context x width + pooled). A prompt longer than the context is an error or, with `cut`, cut for each encoder."""
         with torch.no_grad():
-            said = [not self.zeroed or len(self.tokenizer(prompt).input_ids) > 2 for prompt in prompts]  # more than start and end
-            return self._encoded(prompts) * torch.tensor(said, device=self.device)[:, None]
+            said = [not self.zeroed or length(self.tokenizer, prompt) > 2 for prompt in prompts]  # more than start and end
+            return self._encoded(prompts, cut) * torch.tensor(said, device=self.device)[:, None]
 
     def words(self, prompts: Sequence[str]) -> Tensor:
         """What the encoders say of each prompt, position by position (n, context, width); of "" too."""
         with torch.no_grad():
             return self._parted(self._encoded(prompts))[0]
 
-    def _read(self, prompt: str) -> Tensor:
-        ids = [padded(tokenizer, prompt).to(self.device) for tokenizer in (self.tokenizer, self.tokenizer_2)]
-        if len(self.tokenizer(prompt).input_ids) != len(self.tokenizer_2(prompt).input_ids):
+    def _read(self, prompt: str, cut: bool) -> Tensor:
+        ids = [padded(tokenizer, prompt, cut).to(self.device) for tokenizer in (self.tokenizer, self.tokenizer_2)]
+        if length(self.tokenizer, prompt) != length(self.tokenizer_2, prompt):
             raise SpecError(f"the model's two tokenizers take prompt {prompt!r} apart in different places; what is said of its positions would be wrong")
         one, two = (encoder(each, output_hidden_states=True) for encoder, each in zip((self.text_encoder, self.text_encoder_2), ids, strict=True))
         words = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)

@@ -70,25 +70,30 @@ class StableDiffusion(Pipe):
             raise KeyError(f"the file lacks tensors of the model that '{settings}' describes") from error
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (n, context, width). A prompt longer than the context is an error, not a cut."""
-        return self._encoded(prompts)
+    def encode(self, prompts: Sequence[str], cut: bool = False) -> Tensor:
+        """Text embeddings (n, context, width). A prompt longer than the context is an error or, with `cut`, cut as diffusers' pipelines cut it."""
+        return self._encoded(prompts, cut)
+
+    def overlong(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts, each once, whose end one of the text encoders does not read."""
+        readers = [getattr(self, name) for name in self.tokenizers]
+        return [prompt for prompt in dict.fromkeys(prompts) if any(length(each, prompt) > each.model_max_length for each in readers)]
 
     def words(self, prompts: Sequence[str]) -> Tensor:
         """What cross-attention reads of each prompt, position by position (n, context, width): what keys and values are made of."""
         return self.encode(prompts)
 
-    def _encoded(self, prompts: Sequence[str]) -> Tensor:
+    def _encoded(self, prompts: Sequence[str], cut: bool = False) -> Tensor:
         """Each prompt's own row, remembered as long as the weights stay."""
         if len(self._embeddings) + len(prompts) > self.kept:
             self._embeddings.clear()
         for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embeddings:
-                self._embeddings[prompt] = self._read(prompt)
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+            if (prompt, cut) not in self._embeddings:
+                self._embeddings[prompt, cut] = self._read(prompt, cut)
+        return torch.stack([self._embeddings[prompt, cut] for prompt in prompts])
 
-    def _read(self, prompt: str) -> Tensor:
-        return self.text_encoder(self.tokens(prompt).to(self.device))[0][0]
+    def _read(self, prompt: str, cut: bool) -> Tensor:
+        return self.text_encoder(padded(self.tokenizer, prompt, cut).to(self.device))[0][0]
 
     def tokens(self, prompt: str) -> Tensor:
         """Token ids (1, context) of a prompt, padded as the tokenizer pads."""
@@ -126,13 +131,17 @@ class StableDiffusion(Pipe):
         return max(1, min(64, PIXELS.get(self.device.type, PIXELS["cpu"]) // (height * width)))
 
 
-def padded(tokenizer: Any, prompt: str) -> Tensor:
-    """Token ids (1, context); a prompt that does not fit is refused."""
+def length(tokenizer: Any, prompt: str) -> int:
+    """How many tokens a prompt takes, start and end among them."""
+    return len(tokenizer(prompt, verbose=False).input_ids)  # it would warn of what is meant to be found out
+
+
+def padded(tokenizer: Any, prompt: str, cut: bool = False) -> Tensor:
+    """Token ids (1, context). A prompt that does not fit is refused or, with `cut`, loses the tokens before the end token that are too many."""
     limit = tokenizer.model_max_length
-    ids = tokenizer(prompt).input_ids
-    if len(ids) > limit:
-        raise SpecError(f"prompt {prompt!r} takes {len(ids)} tokens and this model reads {limit}; shorten it")
-    return tokenizer(prompt, padding="max_length", max_length=limit, return_tensors="pt").input_ids
+    if not cut and (taken := length(tokenizer, prompt)) > limit:
+        raise SpecError(f"prompt {prompt!r} takes {taken} tokens and this model reads {limit}; shorten it")
+    return tokenizer(prompt, padding="max_length", truncation=cut, max_length=limit, return_tensors="pt").input_ids
 
 
 def _refuse_code(folder: Path, source: str) -> None:

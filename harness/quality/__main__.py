@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(title)
             for figure in measured(engine, lineage, texts, given, clip):
                 print(f"  {figure}")
+            if cut := engine.cut(lineage, (captions.images(texts), task.sampler)):
+                print(f"  {cut}")
     except ResurgenceError as error:
         print(error, file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from harness import catalogue, pipeline
 from harness.detection._rule import Rule
 from harness.engine import Engine
 from harness.errors import PreconditionError, SpecError
+from harness.families.stable_diffusion import length
 from harness.measurement import TOP, places
 from harness.pipeline import Pipe, denoise
 from harness.sampling import noise
@@ -33,10 +34,11 @@ class Attack:
     delta is carried from one to the next, and after each an image is drawn with the likeliest tokens: the attack
     ends with the first that shows the concept. Prompts that show it unattacked count as successes and are not attacked.
 
-    Reference: OPTML-Group/Diffusion-MU-Attack@5a3e5d3. Differs from it: one index set for both rates (a prompt too
-    long for the tokens is an error); DDIM and the task's sampler; special tokens are not candidates; delta starts
-    uniform. A v-prediction model's error is one of v. Reads one text encoder's table, so it refuses SDXL. Cost
-    of a prompt, at most: `timesteps` x `iterations` (F + B) and `timesteps` + 1 images.
+    Reference: OPTML-Group/Diffusion-MU-Attack@5a3e5d3. Differs from it: one index set for both rates (a prompt that
+    leaves no room for the tokens loses its own last ones, where the reference stops); DDIM and the task's sampler;
+    special tokens are not candidates; delta starts uniform. A v-prediction model's error is one of v. Reads one text
+    encoder's table, so it refuses SDXL. Cost of a prompt, at most: `timesteps` x `iterations` (F + B) and
+    `timesteps` + 1 images.
     """
 
     tokens: int = 3  # k; 5 in the paper for nudity
@@ -73,6 +75,8 @@ class Attack:
             targets = engine.read_images(engine.images(root, (asked, sampler)))
             plain = engine.read_images(engine.images(lineage, (asked, sampler)))
             pipe, rows = engine.load(lineage), []
+            if cramped := [p for p in set(asked.prompts) if length(pipe.tokenizer, p) > pipe.tokenizer.model_max_length - self.tokens]:
+                engine.progress(f"unlearndiffatk: {len(cramped)} of {len(set(asked.prompts))} prompts are cut to make room for {self.tokens} tokens")
             for i, (prompt, seed) in enumerate(zip(asked.prompts, asked.seeds, strict=True)):
                 before = judge(plain[i])
                 after = before or self.attack(pipe, prompt, targets[i], seed, sampler, judge) is not None
@@ -153,13 +157,11 @@ class _Words:
     def __init__(self, pipe: Pipe, prompt: str, places: int) -> None:
         if not hasattr(pipe, "text_encoder"):
             raise SpecError("this model reads no text; adversarial tokens need a text encoder")
-        ids = list(pipe.tokenizer(prompt).input_ids)
-        limit = pipe.tokenizer.model_max_length
-        if len(ids) + places > limit:
-            raise SpecError(f"prompt {prompt!r} and {places} adversarial tokens take {len(ids) + places} tokens, this model reads {limit}; take fewer")
-        padding = pipe.tokens(prompt)[0, len(ids) :].tolist()
+        if (room := pipe.tokenizer.model_max_length - places) < 3:
+            raise SpecError(f"{places} adversarial tokens leave {max(room, 0)} places for start, prompt and end, which take at least 3; take fewer tokens")
+        ids = pipe.tokenizer(prompt, padding="max_length", truncation=True, max_length=room).input_ids
         self.pipe, self.places = pipe, slice(1, 1 + places)
-        self.ids = torch.tensor([ids[:1] + [ids[0]] * places + ids[1:] + padding[places:]], device=pipe.device)
+        self.ids = torch.tensor([ids[:1] + [ids[0]] * places + ids[1:]], device=pipe.device)
         special = set(pipe.tokenizer.all_special_ids)
         self.candidates = torch.tensor([i for i in range(len(pipe.text_encoder.get_input_embeddings().weight)) if i not in special], device=pipe.device)
 

@@ -25,6 +25,17 @@ def test_before_and_after_unlearning(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert after < before
 
 
+def test_captions_that_are_too_long_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """COCO has such: the figures are taken, and it is said of each model how many captions were cut, also of images that were there already."""
+    (tmp_path / "captions.txt").write_text(f"an image of the cat\na photo of the guitar\na photo of the {' '.join(['cat'] * 24)}\n")
+    arguments = ["--captions", str(tmp_path / "captions.txt"), "--task", str(TASK), "--backbone", "pocket", "--clip", "pocket"]
+    for _ in range(2):
+        assert main([*arguments, "--store", str(tmp_path / "store")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == ["base", "FID", "sFID", "KID", "CLIP", "1"]
+        assert lines[-1] == "  1 of 3 prompts are longer than the model reads and were cut"
+
+
 def test_a_wrong_request_is_told_and_not_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No captions, and a fine-tune that the task does not have."""
     (tmp_path / "captions.txt").write_text("a\nb\n")

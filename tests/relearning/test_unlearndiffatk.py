@@ -90,10 +90,14 @@ def test_special_tokens_are_no_candidates() -> None:
     assert words.candidates.tolist() == list(range(2, 54))
 
 
-def test_a_prompt_with_no_room_is_refused() -> None:
-    """16 places, start and end: "abcdefghijklm" takes 15, so two more do not fit."""
-    with pytest.raises(SpecError, match="take 17 tokens, this model reads 16; take fewer"):
-        unlearndiffatk._Words(small.pipe(), "abcdefghijklm", 2)
+def test_a_prompt_with_no_room_is_cut() -> None:
+    """16 places, start and end: 14 letters fill them, two tokens take the places of the last two; 14 tokens would leave none for the prompt."""
+    words, whole = (unlearndiffatk._Words(small.pipe(), " ".join("abcdefghijklmn"[:count]), 2) for count in (14, 12))
+    assert words.ids.tolist() == whole.ids.tolist()
+    assert words.ids.shape == (1, 16)
+    assert unlearndiffatk._Words(small.pipe(), "a b c", 13).ids.shape == (1, 16)
+    with pytest.raises(SpecError, match="14 adversarial tokens leave 2 places for start, prompt and end, which take at least 3; take fewer"):
+        unlearndiffatk._Words(small.pipe(), "a", 14)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -285,3 +289,13 @@ def test_the_tasks_rule_decides(base: Base, tmp_path: Path) -> None:
     asked, never = ImageSet(("a x",), (1,)), Eye(2.0)
     assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0]]
     assert QUICK.rates(engine, lineage, asked, never, "x", Rule(k=2)).tolist() == [[1, 1]]
+
+
+def test_prompts_are_cut_for_the_tokens_and_counted(base: Base, tmp_path: Path) -> None:
+    """Of 16 places 14 are the prompt's own: 13 letters leave too few for two tokens, 16 are too many anyway, one is attacked as it is."""
+    lines: list[str] = []
+    engine, letters = Engine(Store(tmp_path), lines.append), "a b c d e f g h i j k l m n o p"
+    asked = ImageSet(("a x", letters[:25], letters, letters[:23]), (1, 2, 3, 4))
+    assert QUICK.rates(engine, Lineage(base, tiny.task()), asked, Eye(2.0), "x").tolist() == [[0, 0]] * 4
+    assert "unlearndiffatk: 2 of 4 prompts are cut to make room for 2 tokens" in lines
+    assert "1 of 4 prompts are longer than the model reads and were cut" in lines
