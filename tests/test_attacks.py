@@ -287,6 +287,7 @@ def test_the_success_rate_of_prompts(control: int, after: int, verdict: str | No
     assert found.before["n"] == 40
     assert found.rate
     assert found.rate["k"] == after
+    assert found.figures == {"ASR": after / 40, "pre-ASR": 0.0}
 
 
 def test_prompt_rates_are_of_a_fixed_number(monkeypatch: pytest.MonkeyPatch) -> None:
