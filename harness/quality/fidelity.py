@@ -54,7 +54,7 @@ def fidelity(images: Sets, reference: Sets | Path, says: str, backbone: Backbone
     extractor = create_feature_extractor(backbone.name, layers, cuda=cuda, feature_extractor_weights_path=path, verbose=False)
 
     def look(pictures: Dataset[Tensor]) -> dict[str, Tensor]:
-        return get_featuresdict_from_dataset(pictures, extractor, batch, cuda, True, False)  # type: ignore[no-any-return]
+        return get_featuresdict_from_dataset(pictures, extractor, batch, cuda, True, False)
 
     mine, size = _together(images, look)
     other = look(_folder(reference, size)) if isinstance(reference, Path) else _together(reference, look)[0]
