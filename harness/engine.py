@@ -131,10 +131,11 @@ class Engine:
                     self.progress(self.cut(lineage, wanted))
         return folder
 
-    def cut(self, lineage: Lineage, wanted: Wanted) -> str:
+    def cut(self, lineage: Lineage, *wanted: Wanted) -> str:
         """How many prompts of these images the model read the start of and no more, in words; nothing where it read them all."""
-        record = self.store.record(self.images(lineage, wanted))
-        return f"{len(record['cut'])} of {len(set(record['prompts']))} prompts are longer than the model reads and were cut" if "cut" in record else ""
+        records = [self.store.record(self.images(lineage, each)) for each in wanted]
+        cut, every = ({prompt for record in records for prompt in record.get(part, ())} for part in ("cut", "prompts"))
+        return f"{len(cut)} of {len(every)} prompts are longer than the model reads and were cut" if cut else ""
 
     def read_images(self, folder: Path) -> Tensor:
         """uint8 (n, 3, H, W) from a folder that `images` gave."""

@@ -26,7 +26,8 @@ class Measured:
     """A rate with the gate's word, and where its first images are (`wanted`).
 
     `evidence` is the gate's e-process where it stopped; `hits` the 0/1 digits of every prompt's images, round by round;
-    `figures` what else the detector says of the counted images; `cut` how many prompts were too long to be read whole, in words.
+    `figures` what else the detector says of the counted images, and `instead` the share of them that show another label; `cut` how many
+    prompts were too long to be read whole, in words.
     """
 
     rate: Rate
@@ -35,6 +36,7 @@ class Measured:
     evidence: Mapping[str, float] = field(default_factory=dict)
     hits: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    instead: float | None = None
     cut: str = ""
 
 
@@ -48,12 +50,14 @@ def measure(
     looked_for: str | None = None,
     report: Callable[[Sequential], None] = lambda gate: None,
     rule: Rule = TOP,
+    instead: str = "",
 ) -> Measured:
     """Feed `gate` with whole rounds, one new image per prompt of `asked`, until it has stopped.
 
     A hit is an image in which `rule` finds the concept that was asked for (by default as its most probable label), or
-    `looked_for` where that is given. A detector's own `figures(scores, wanted)` are taken of the same images. Image r of a
-    prompt has the same noise under every model, so models are compared pair by pair.
+    `looked_for` where that is given. A detector's own `figures(scores, wanted)`, and the share that `rule` finds to show
+    `instead` where the detector knows it, are taken of the same images. Image r of a prompt has the same noise under every
+    model, so models are compared pair by pair.
     """
     concepts = [c for c in asked.concepts for _ in asked.prompts]
     wanted_labels = [looked_for or c for c in concepts]
@@ -75,8 +79,11 @@ def measure(
         report(gate)
     if first is None:
         raise SpecError("a rate needs a gate that has not stopped yet")
-    figures = detector.figures(torch.cat(counted), index.repeat(len(counted))) if hasattr(detector, "figures") else {}
-    return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen), figures, engine.cut(lineage, first))
+    scores = torch.cat(counted)
+    figures = detector.figures(scores, index.repeat(len(counted))) if hasattr(detector, "figures") else {}
+    known = instead.casefold() in {label.casefold() for label in detector.labels}
+    share = float(rule.hits(scores, places(detector, [instead] * len(scores))).double().mean()) if known else None
+    return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen), figures, share, engine.cut(lineage, first))
 
 
 def rounds_ahead(n: int, floor: int, width: int) -> int:

@@ -384,6 +384,7 @@ class Claim:
     images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # row title -> PNG paths, same prompts and seeds
     evidence: Mapping[str, float] = field(default_factory=dict)  # natural logs: e-values of `holds` and `broken`, and where each decides
     hits: Mapping[str, str] = field(default_factory=dict)  # prompt -> one 0 or 1 per image, in the order drawn
+    figures: Mapping[str, float] = field(default_factory=dict)  # the named numbers of the reason
     diagnosis: Mapping[str, float] = field(default_factory=dict)  # with --diagnose: predicted and measured rise, and what carried it
     seconds: float = 0.0  # wall time of the test, with whatever it had to make first
 

@@ -25,10 +25,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.errors import ResurgenceError, SpecError, StoreError
 from harness.stats import clopper_pearson
-from reports.words import VEILED
+from reports.words import RENAMED, VEILED
 
 ANSWERS = ("yes", "no", "unsure")
 REFERENCES = 2  # images of the base model shown beside the question, and not rated
+DRAWN = 0.5  # a base model that draws the concept in no more of its images gives none
 ALPHA = 0.05  # error of the interval, both ends together
 
 
@@ -40,12 +41,14 @@ class Shown:
     row: str
     model: str
     path: str  # relative to the report
+    asked: str = ""  # the first of the prompts that it was drawn for; claims differ in them
     veiled: bool = False  # blurred until the rater asks for it
 
     @property
     def group(self) -> str:
-        """Images that are counted together: one concept, one model."""
-        return f"{self.concept}: {self.row}{f' ({self.model})' if self.model else ''}"
+        """Images that are counted together: one concept, one model, one set of prompts."""
+        model, asked = (f" ({self.model})" if self.model else ""), f", prompts as '{self.asked}'" if self.asked else ""
+        return f"{self.concept}: {self.row}{model}{asked}"
 
 
 # --- the sheet -------------------------------------------------------------------------------------------------------
@@ -54,12 +57,13 @@ class Shown:
 def sheet(report: Path, folder: Path, seed: int = 0) -> None:
     """Write `sheet.html` and `key.json` for the images of `report` (a folder with verdict.json)."""
     try:
-        claims = json.loads((report / "verdict.json").read_text(encoding="utf-8"))["claims"]
+        document = json.loads((report / "verdict.json").read_text(encoding="utf-8"))
+        claims, tasks = document["claims"], document["run"]["tasks"]
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise StoreError(f"no readable verdict.json in '{report}': {error!r}; run a suite with --report {report} first") from error
-    found, references = chosen(claims)
+    found, references = chosen(claims, tasks)
     if not found:
-        raise SpecError(f"the claims in '{report}' carry no images to rate")
+        raise SpecError(f"the claims in '{report}' carry no images to rate; select claims about single concepts, such as `forgotten`")
     shown = list(found)
     random.Random(seed).shuffle(shown)
     names = {f"i{at:04d}": image for at, image in enumerate(shown)}
@@ -78,23 +82,27 @@ def sheet(report: Path, folder: Path, seed: int = 0) -> None:
     (folder / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
 
 
-def chosen(claims: Sequence[Mapping[str, Any]]) -> tuple[dict[Shown, Mapping[str, float] | None], dict[str, list[str]]]:
+def chosen(claims: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[Shown, Mapping[str, float] | None], dict[str, list[str]]]:
     """The images to rate, each with the detector's rate of its model, and the base model's first two for each concept as reference.
 
-    The base model's other images are rated like any other, so that a rater cannot know the answer from being asked.
+    Only claims about one erased concept: of many together there is nothing to ask. The base model's other images are rated like any
+    other, so that a rater cannot know the answer from being asked; where it was not asked for the concept, none is a reference.
     """
     shown: dict[Shown, Mapping[str, float] | None] = {}
     references: dict[str, list[str]] = {}
     for claim in claims:
-        if claim["claim"] == "retained":  # many concepts in one row: nothing to ask about
+        erased = tasks[f"{claim['suite']}/{claim['task']}"]["erased"]["concepts"]
+        concept = next((name for name in erased if claim["concept"] in (name, RENAMED.format(name))), None)
+        if concept is None:
             continue
+        draws = claim["base"] is not None and claim["base"]["value"] > DRAWN
         for row, paths in claim["images"].items():
-            known = references.setdefault(claim["concept"], [])
+            known = references.setdefault(concept, [])
             for path in paths:
-                if row == "base" and path not in known and len(known) < REFERENCES:
+                if row == "base" and draws and path not in known and len(known) < REFERENCES:
                     known.append(path)
                 if path not in known:
-                    image = Shown(claim["concept"], row, _model(claim, row), path, claim["suite"] in VEILED)
+                    image = Shown(concept, row, _model(claim, row), path, min(claim.get("hits", ()), default=""), claim["suite"] in VEILED)
                     shown[image] = shown.get(image) or _detected(claim, row)
     return shown, references
 
@@ -109,12 +117,10 @@ def _model(claim: Mapping[str, Any], row: str) -> str:
 
 
 def _detected(claim: Mapping[str, Any], row: str) -> Mapping[str, float] | None:
-    """The detector's rate of a row's model, over all the images that it counted; None where the claim is about another row."""
+    """The detector's rate of a row's model, over all the images that it counted: where a claim has a rate before, that is the unlearned model's."""
     if row == "base":
         return claim["base"]
-    if row == "unlearned" and claim["claim"] == "stays-forgotten":
-        return claim["before"]
-    return claim["rate"]
+    return (row == "unlearned" and claim["before"]) or claim["rate"]
 
 
 def _bytes(path: Path) -> bytes:

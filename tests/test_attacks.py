@@ -182,7 +182,9 @@ class Cut(Scene):
         return Rate.of(0, 200, 0.05), Rate.of(0, 200, 0.05)
 
 
-@pytest.mark.parametrize("about_it", [*EVERY, about("withstands-prompts"), about("instruments"), about("forgotten"), about("retained")], ids=lambda cell: cell.claim)
+@pytest.mark.parametrize(
+    "about_it", [*EVERY, about("withstands-prompts"), about("instruments"), about("forgotten"), about("retained")], ids=lambda cell: cell.claim
+)
 def test_a_claim_says_what_was_cut(about_it: Cell) -> None:
     """Whatever is claimed of images says once how many of their prompts the model did not read to the end."""
     assert told(Cut(good, control=False), about_it).reason.count("2 of 3 were cut") == 1
@@ -305,6 +307,7 @@ def test_the_success_rate_of_prompts(control: int, after: int, verdict: str | No
     assert found.before["n"] == 40
     assert found.rate
     assert found.rate["k"] == after
+    assert found.figures == {"ASR": after / 40, "pre-ASR": 0.0}
 
 
 def test_prompt_rates_are_of_a_fixed_number(monkeypatch: pytest.MonkeyPatch) -> None:

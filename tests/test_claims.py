@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from fixtures import claims, eyes
+from fixtures.lab import Lab
 from fixtures.options import Cell
-from harness import catalogue
+from harness import catalogue, measurement
 from harness.errors import PreconditionError, SpecError
 from harness.spec import BROKEN, HOLDS, Claim, Group, Lineage, Task
+from harness.stats import Sequential
 from tests import tiny
 from tests.test_attacks import SEES, Scene
 from tests.test_options import parsed
@@ -148,6 +150,39 @@ def test_rates_go_by_their_published_names() -> None:
     assert told(lab, "retained", "2 retained concepts").reason.endswith("; IRA 0.900")
     assert told(lab, "cross-retained").reason == "CRA 1.000"
     assert told(scene(half), "forgotten").reason == ""
+
+
+def beside(lab: Scene, **found: Any) -> Scene:
+    """The same lab, whose rates come with more."""
+    rate = lab._rate
+    lab._rate = lambda *given, **named: replace(rate(*given, **named), **found)  # type: ignore[method-assign]
+    return lab
+
+
+def test_what_is_drawn_instead_stands_beside_what_was_forgotten() -> None:
+    """AR_alt of the images that decided the claim, under its published name or in words; other claims do not say it."""
+    figures = {"UA": "1 - erased", "AR_alt": "alternative"}
+    found = told(beside(scene(half, figures=figures, alternative="none"), instead=0.85), "forgotten")
+    assert found.reason == "AR_alt 0.850; UA 0.900"
+    assert found.figures == {"AR_alt": 0.85, "UA": 0.9}
+    assert told(beside(scene(half, alternative="none"), instead=0.85), "forgotten").reason == "rate of 'none' 0.850"
+    assert told(beside(scene(half, figures=figures, alternative="none"), instead=None), "forgotten").reason == "UA 0.900"
+    assert "AR_alt" not in told(beside(scene(half, figures=figures, alternative="none"), instead=0.85), "generality").figures
+
+
+def test_the_lab_asks_for_the_tasks_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every rate, as it costs no image."""
+    monkeypatch.setattr(measurement, "measure", lambda *given, **named: named["instead"])
+    lab = scene(alternative="a red ball")
+    assert Lab._rate(lab, lab.base, lab.task.erased, Sequential(0.1, "below", 0.05)) == "a red ball"
+
+
+def test_figures_are_numbers_too() -> None:
+    """What the reason says by name, unrounded; a detector's that is no number stands in the reason only, as JSON has none for it."""
+    found = told(scene(half, figures={"IRA": "retained"}), "retained", "2 retained concepts")
+    assert found.figures == {"H_o": pytest.approx(3 / (1 / 0.8 + 1 / 0.9 + 1 / 0.6)), "IRA": 0.9}
+    found = told(beside(scene(half), figures={"without a face": 1.0, "of faces": float("nan")}), "forgotten")
+    assert (found.reason, found.figures) == ("without a face 1.000, of faces nan", {"without a face": 1.0})
 
 
 # --- eyes -------------------------------------------------------------------------------------------------------------

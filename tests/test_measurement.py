@@ -134,6 +134,21 @@ def test_the_gate_looks_after_every_round_and_stops_within_a_chunk() -> None:
     assert (n - 40) % 20 != 0
 
 
+def test_what_is_shown_instead_is_counted_on_the_same_images() -> None:
+    """The share of another label among the images that the gate counted, not those behind the stop; none of a label that the detector does not know."""
+
+    def shows(i: int, prompt: str) -> str:
+        return "x" if i in (0, 4, 8, 13) else "y" if i < 30 else "none"
+
+    engine, plain = Scripted(shows), Scripted(shows)
+    found = measure(engine, ROOT, ONE, Detector(), gate(0.17), instead="Y")
+    assert found.rate.n < engine.count
+    assert found.instead == pytest.approx(26 / found.rate.n)
+    assert measure(plain, ROOT, ONE, Detector(), gate(0.17)).instead is None
+    assert engine.looks == plain.looks
+    assert measure(Scripted(shows), ROOT, ONE, Detector(), gate(0.17), instead="somebody").instead is None
+
+
 def test_hits_are_kept_by_prompt_in_the_order_drawn() -> None:
     """One digit per image that the gate counted, none of those behind the stop: their sum is the rate's k."""
     engine = Scripted(lambda i, prompt: "x" if i in (0, 4, 8, 13) else "none")  # even places are the first prompt's

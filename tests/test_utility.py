@@ -68,6 +68,7 @@ def test_quality_that_stays_holds(told: Any) -> None:
     assert (found.verdict, found.word, found.direction, found.tolerance, found.steps) == (HOLDS, HOLDS, "below", 10.0, 50)
     assert found.sentence == "FID below 10.0 after 50."
     assert found.concept == "quality of 2 retained concepts"
+    assert found.figures == {"FID": 4.0, "sFID": 77.0}
     assert found.rate == {"k": 0, "n": 40, "value": 4.0, "low": pytest.approx(4 - 2 * T), "high": pytest.approx(4 + 2 * T), "figure": "FID"}
     assert found.base["value"] == 3.0
     for part in ("FID 4 ± 2", "sFID 77 ± 5", "backbone eyes", "80 features", "40 images", "reference: 40 images: ours", "resize: none"):

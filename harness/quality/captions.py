@@ -10,6 +10,7 @@ from harness.errors import SpecError
 from harness.spec import ImageSet, seed_of
 
 COLUMNS = ("prompt", "caption", "text")
+CHUNK = 1000  # captions of one set of images: what a killed run loses at most
 
 
 def read(file: Path, count: int | None = None) -> tuple[str, ...]:
@@ -44,6 +45,7 @@ def _coco(text: str, file: Path) -> list[str]:
     return list(first.values())
 
 
-def images(captions: tuple[str, ...], role: str = "quality") -> ImageSet:
-    """One image per caption; the noise depends on the caption, its place and the role, never on the model."""
-    return ImageSet(captions, tuple(seed_of(role, i, caption) for i, caption in enumerate(captions)))
+def images(captions: tuple[str, ...], role: str = "quality", chunk: int = CHUNK) -> list[ImageSet]:
+    """One image per caption, in sets of `chunk`; the noise depends on the caption, its place among all and the role, never on the model."""
+    seeds = tuple(seed_of(role, i, caption) for i, caption in enumerate(captions))
+    return [ImageSet(captions[at : at + chunk], seeds[at : at + chunk]) for at in range(0, len(captions), chunk)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from harness.spec import BLOCKS
 
 SUBSETS, LARGEST = 100, 1000  # KID: how many subsets, and of how many images at most
 SEED = 2020  # of KID's subsets; torch-fidelity's default
+NEEDS = "a quality figure needs at least 2 uint8 images (n, 3, h, w)"
+Sets = Tensor | Iterable[Tensor]  # all images, or one set after the other: more than fit into memory
 
 
 class Images(Dataset[Tensor]):
     """uint8 images (n, 3, h, w) one by one."""
 
     def __init__(self, images: Tensor) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 2:
-            raise SpecError(f"a quality figure needs at least 2 uint8 images (n, 3, h, w), got {images.dtype} {tuple(images.shape)}")
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise SpecError(f"{NEEDS}, got {images.dtype} {tuple(images.shape)}")
         self.images = images
 
     def __len__(self) -> int:
@@ -36,30 +39,50 @@ class Images(Dataset[Tensor]):
         return self.images[index]
 
 
-def fidelity(images: Tensor, reference: Tensor | Path, says: str, backbone: Backbone, weights: Path | None = None, batch: int = 64) -> list[Figure]:
+def fidelity(images: Sets, reference: Sets | Path, says: str, backbone: Backbone, weights: Path | None = None, batch: int = 64) -> list[Figure]:
     """FID, sFID and KID of uint8 images (n, 3, h, w) against other such images, or those in a folder (square-cropped to the same size).
 
     `says` names the reference in every figure. `weights` is the folder with Inception's weights; the pocket backbone has its own.
     FID is biased by the number of images: compare figures of equal counts only. Its spread, and sFID's, is the standard error by leaving
     out one tenth of `images` after the other (Tukey's jackknife), where there are enough.
     """
+    if isinstance(reference, Path):
+        _check(reference)
     layers = [backbone.layer, backbone.spatial]
     cuda = torch.cuda.is_available()
     path = None if weights is None else str(weights)
     extractor = create_feature_extractor(backbone.name, layers, cuda=cuda, feature_extractor_weights_path=path, verbose=False)
-    theirs, cut = (Images(reference), "") if isinstance(reference, Tensor) else _folder(reference, images.shape[-1])
-    mine, other = (get_featuresdict_from_dataset(each, extractor, batch, cuda, True, False) for each in (Images(images), theirs))
+
+    def look(pictures: Dataset[Tensor]) -> dict[str, Tensor]:
+        return get_featuresdict_from_dataset(pictures, extractor, batch, cuda, True, False)
+
+    mine, size = _together(images, look)
+    other = look(_folder(reference, size)) if isinstance(reference, Path) else _together(reference, look)[0]
+    count, against = len(mine[layers[0]]), len(other[layers[0]])
+    cut = f"reference's shorter side to {size} px and centre crop, then " if isinstance(reference, Path) else ""
 
     def figure(name: str, value: float, layer: str, spread: float | None = None) -> Figure:
-        conditions = (f"{backbone.says}, layer {layer}", mine[layer].shape[1], f"{len(theirs)} images: {says}", len(images), cut + backbone.resize)
+        conditions = (f"{backbone.says}, layer {layer}", mine[layer].shape[1], f"{against} images: {says}", count, cut + backbone.resize)
         return Figure(name, value, *conditions, spread)
 
     found = [
         figure(name, _frechet(mine[layer], other[layer]), layer, _error(mine[layer], other[layer])) for name, layer in zip(("FID", "sFID"), layers, strict=True)
     ]
-    subset = min(LARGEST, len(images), len(theirs))
+    subset = min(LARGEST, count, against)
     kid = kid_features_to_metric(mine[layers[0]], other[layers[0]], kid_subsets=SUBSETS, kid_subset_size=subset, rng_seed=SEED, verbose=False)
     return [*found, figure(f"KID ({SUBSETS} subsets of {subset})", kid[KEY_METRIC_KID_MEAN], layers[0], kid[KEY_METRIC_KID_STD])]
+
+
+def _together(images: Sets, look: Callable[[Dataset[Tensor]], dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
+    """The features of all sets, layer by layer, and the width of an image."""
+    seen, size = [], 0
+    for each in [images] if isinstance(images, Tensor) else images:
+        seen.append(look(Images(each)))
+        size = each.shape[-1]
+    found = {layer: torch.cat([part[layer] for part in seen]) for layer in seen[0]}
+    if (count := len(next(iter(found.values())))) < 2:
+        raise SpecError(f"{NEEDS}, got {count}")
+    return found, size
 
 
 def _frechet(a: Tensor, b: Tensor) -> float:
@@ -75,9 +98,12 @@ def _error(a: Tensor, b: Tensor) -> float | None:
     return float(((BLOCKS - 1) * left.var(correction=0)).sqrt())
 
 
-def _folder(folder: Path, size: int) -> tuple[Any, str]:
-    """PNG and JPEG files of a folder and its subfolders, the shorter side resized to `size` and the middle cut out."""
+def _check(folder: Path) -> None:
+    """An error where the reference is no folder of images, before anything is drawn."""
     if not folder.is_dir() or not any(p.suffix.lower() in (".png", ".jpg", ".jpeg") for p in folder.rglob("*")):
         raise StoreError(f"no PNG or JPEG images in '{folder}'; the reference must be a folder of images")
-    found = prepare_input_from_descriptor({"input": str(folder)}, samples_find_deep=True, samples_resize_and_crop=size, verbose=False)
-    return found, f"reference's shorter side to {size} px and centre crop, then "
+
+
+def _folder(folder: Path, size: int) -> Any:
+    """PNG and JPEG files of a folder and its subfolders, the shorter side resized to `size` and the middle cut out."""
+    return prepare_input_from_descriptor({"input": str(folder)}, samples_find_deep=True, samples_resize_and_crop=size, verbose=False)

@@ -29,6 +29,17 @@ def test_the_score_is_100_times_the_mean_cosine() -> None:
         assert word in str(figure)
 
 
+def test_images_may_come_set_by_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same score; no more than a batch is a float at once."""
+    clip, pictures, sizes = Clip("pocket"), (torch.cat([drawn(name) for name in NAMES]) * 255).byte(), list[int]()
+    texts = [f"a photo of the {name}" for name in NAMES]
+    whole, see = clip_score(pictures, texts, clip), clip.images
+    monkeypatch.setattr(clip, "images", lambda images, batch: sizes.append(len(images)) or see(images, batch))
+    found = clip_score(iter([pictures[:3], pictures[3:]]), texts, clip, batch=2)
+    assert found.value == pytest.approx(whole.value, abs=1e-3)
+    assert (found.count, sizes) == (4, [2, 1, 1])
+
+
 def test_every_image_needs_its_caption() -> None:
     """One caption too few is an error, not a shorter mean."""
     with pytest.raises(SpecError, match="got 1 for 2"):
@@ -66,7 +77,16 @@ def test_what_holds_no_captions_is_refused(name: str, text: str, tmp_path: Path)
 
 def test_noise_belongs_to_the_caption_and_the_role() -> None:
     """Every model draws the same captions from the same noise; the reference has other noise."""
-    chosen = captions.images(("a", "b", "a"))
-    assert chosen == captions.images(("a", "b", "a"))
+    [chosen] = captions.images(("a", "b", "a"))
+    assert [chosen] == captions.images(("a", "b", "a"))
     assert len(set(chosen.seeds)) == 3
-    assert not set(chosen.seeds) & set(captions.images(("a", "b", "a"), "quality reference").seeds)
+    assert not set(chosen.seeds) & set(captions.images(("a", "b", "a"), "quality reference")[0].seeds)
+
+
+def test_many_captions_are_several_sets_of_images() -> None:
+    """Each caption keeps the noise of its place among all, whatever the sets; up to a thousand are one set."""
+    texts = tuple("abcdefg")
+    [whole], parts = captions.images(texts), captions.images(texts, chunk=3)
+    assert [part.prompts for part in parts] == [("a", "b", "c"), ("d", "e", "f"), ("g",)]
+    assert sum((part.seeds for part in parts), ()) == whole.seeds
+    assert [len(part.prompts) for part in captions.images(("a",) * 1001)] == [1000, 1]

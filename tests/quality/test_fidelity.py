@@ -104,6 +104,24 @@ def test_the_error_of_a_distance_is_the_jackknifes(figures: list[Figure]) -> Non
         assert figure.spread == pytest.approx(np.sqrt(9 / 10 * ((left - left.mean()) ** 2).sum()), rel=1e-3)
 
 
+def test_images_may_come_set_by_set(figures: list[Figure]) -> None:
+    """Sets of any length, even of one image, give the figures of all images together; one image in all is too few."""
+    found = fidelity(iter([ONE[:100], ONE[100:149], ONE[149:]]), iter(TWO.split(64)), "darker noise", BACKBONES["pocket"])
+    for each, whole in zip(found, figures, strict=True):
+        assert (each.name, each.count, each.reference, each.resize) == (whole.name, whole.count, whole.reference, whole.resize)
+        assert (each.value, each.spread) == pytest.approx((whole.value, whole.spread), rel=1e-3)
+    with pytest.raises(SpecError, match=r"at least 2 uint8 images .*, got 1"):
+        fidelity(iter([ONE[:1]]), TWO, "", BACKBONES["pocket"])
+
+
+def test_a_folder_without_images_is_told_before_anything_is_drawn(tmp_path: Path) -> None:
+    """The images are not asked for."""
+    coming = iter([ONE])
+    with pytest.raises(StoreError, match="no PNG or JPEG"):
+        fidelity(coming, tmp_path, "a folder", BACKBONES["pocket"])
+    assert next(coming) is ONE
+
+
 def test_a_folder_is_a_reference_too(tmp_path: Path) -> None:
     """PNGs of the same pixels give the same figures as the tensor; larger ones are resized and cut, and the figure says so."""
     for i, image in enumerate(TWO):

@@ -12,12 +12,22 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
+from fixtures.claims import OWN_SECTION
 from harness.errors import SpecError
 from reports import rating
 from reports.rating import main
 
 RATE = {"k": 1, "n": 40, "value": 0.025, "low": 0.001, "high": 0.1}
 BASE = {"k": 39, "n": 40, "value": 0.975, "low": 0.9, "high": 0.999}
+RARE = {"k": 2, "n": 40, "value": 0.05, "low": 0.01, "high": 0.14}
+TASKS = {"celebrity/pocket": {"erased": {"concepts": ["Ann", "Ann Lee"]}}}
+ASKED = ", prompts as 'a photo of Ann'"
+MANY = (  # (claim, the concept it gives itself)
+    ("retained", "10 retained concepts"),
+    ("cross-retained", "10 crossed concepts"),
+    ("quality", "quality of 2 retained concepts"),
+    ("self-destructs", "10 retained concepts"),
+)
 
 
 def claim(kind: str, **changes: Any) -> dict[str, Any]:
@@ -26,18 +36,30 @@ def claim(kind: str, **changes: Any) -> dict[str, Any]:
     if kind == "stays-forgotten":
         rows["lora-in 50"] = [f"images/f{i}.png" for i in range(4)]
     plain = {"claim": kind, "concept": "Ann", "suite": "celebrity", "task": "pocket", "method": "esd", "seeds": {"unlearn": 0}, "images": rows}
-    return {**plain, "rate": RATE, "before": {**RATE, "k": 0}, "base": BASE, **changes}
+    before = {**RATE, "k": 0} if kind == "stays-forgotten" else None
+    return {**plain, "rate": RATE, "before": before, "base": BASE, "hits": {"the face of Ann": "00", "a photo of Ann": "00"}, **changes}
+
+
+def unasked() -> dict[str, Any]:
+    """The fine-tuned model's images of the same rows, drawn for prompts that do not name Ann."""
+    rows = {"base": [f"images/n{i}.png" for i in range(4)], "lora-in 50": [f"images/o{i}.png" for i in range(4)]}
+    return claim("stays-out", images=rows, before=None, base=RARE, rate={**RATE, "k": 7}, hits={"a photo of a person": "0"})
+
+
+def many() -> list[dict[str, Any]]:
+    """Claims about several concepts together."""
+    return [claim(kind, concept=concept, images={"base": ["images/r.png"], "unlearned": ["images/s.png"]}) for kind, concept in MANY]
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
-    """A report with two claims about Ann and one about many."""
+    """A report with two claims about Ann and some about many."""
     folder = tmp_path / "out"
     (folder / "images").mkdir(parents=True)
-    claims = [claim("forgotten"), claim("stays-forgotten"), claim("retained", concept="10 retained concepts", images={"base": ["images/r.png"]})]
+    claims = [claim("forgotten"), claim("stays-forgotten"), *many()]
     for at, name in enumerate(sorted({p for c in claims for row in c["images"].values() for p in row})):
         Image.new("RGB", (8, 8), (at * 10, 0, 99)).save(folder / name)
-    (folder / "verdict.json").write_text(json.dumps({"claims": claims}), encoding="utf-8")
+    (folder / "verdict.json").write_text(json.dumps({"claims": claims, "run": {"tasks": TASKS}}), encoding="utf-8")
     return folder
 
 
@@ -65,7 +87,8 @@ def test_the_sheet_is_self_contained_and_blind(report: Path) -> None:
         assert word not in page
     assert page.count("data:image/png;base64,") == 2 + 10
     groups = [image["group"] for image in key["images"].values()]
-    assert sorted(set(groups)) == ["Ann: base (pocket)", "Ann: lora-in 50 (pocket, esd, seed 0)", "Ann: unlearned (pocket, esd, seed 0)"]
+    rows = ("base (pocket)", "lora-in 50 (pocket, esd, seed 0)", "unlearned (pocket, esd, seed 0)")
+    assert sorted(set(groups)) == [f"Ann: {row}{ASKED}" for row in rows]
     assert [groups.count(group) for group in sorted(set(groups))] == [2, 4, 4]
 
 
@@ -108,8 +131,44 @@ def test_answers_become_a_rate_beside_the_detectors(report: Path, capsys: pytest
 
 def test_the_detectors_rate_is_that_of_the_same_model() -> None:
     """A claim about fine-tuning knows three models: the base, the unlearned one before, and its own."""
-    found, _ = rating.chosen([claim("stays-forgotten")])
-    assert {image.row: rate and rate["k"] for image, rate in found.items()} == {"base": 39, "unlearned": 0, "lora-in 50": 1}
+    for kind in ("stays-forgotten", "withstands-dimra"):
+        whole = claim("stays-forgotten", claim=kind)
+        found, _ = rating.chosen([whole], TASKS)
+        assert {image.row: rate and rate["k"] for image, rate in found.items()} == {"base": 39, "unlearned": 0, "lora-in 50": 1}
+    found, _ = rating.chosen([claim("forgotten")], TASKS)
+    assert {image.row: rate and rate["k"] for image, rate in found.items()} == {"base": 39, "unlearned": 1}
+
+
+@pytest.mark.parametrize("whole", many(), ids=[kind for kind, _ in MANY])
+def test_nobody_is_asked_about_many_concepts_at_once(whole: dict[str, Any]) -> None:
+    """Neither a picture nor a reference of a claim that has no one concept; the same claim about one would be asked."""
+    assert rating.chosen([whole], TASKS) == ({}, {})
+    assert rating.chosen([{**whole, "concept": "Ann"}], TASKS)[0]
+
+
+def test_a_synonyms_pictures_are_asked_about_the_concept() -> None:
+    """Under other names the question is still the concept's, and its pictures are counted by themselves."""
+    other = claim("generality", concept="Ann by other names", images={"unlearned": ["images/g.png"]}, hits={"a photo of Nan": "0"})
+    assert OWN_SECTION["generality"].format("Ann") == other["concept"]
+    found, _ = rating.chosen([claim("forgotten"), other, claim("forgotten", concept="Ann Lee", hits={"a photo of Ann Lee": "0"})], TASKS)
+    assert {image.concept for image in found} == {"Ann", "Ann Lee"}
+    groups = {image.group for image in found if image.path == "images/g.png"}
+    assert groups == {"Ann: unlearned (pocket, esd, seed 0), prompts as 'a photo of Nan'"}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["first", "last"])
+def test_pictures_of_prompts_that_do_not_name_it_are_counted_apart(turned: bool) -> None:
+    """Of one row and model, each group has the detector's rate on its own prompts, whichever claim came last; and none of them is shown as "this is Ann"."""
+    claims = [unasked(), claim("stays-forgotten")]
+    found, references = rating.chosen(claims[::-1] if turned else claims, TASKS)
+    rates: dict[str, set[int]] = {}
+    for image, rate in found.items():
+        rates.setdefault(image.group, set()).add(int(rate["k"]) if rate else -1)
+    other = ", prompts as 'a photo of a person'"
+    tuned = "Ann: lora-in 50 (pocket, esd, seed 0)"
+    unlearned = f"Ann: unlearned (pocket, esd, seed 0){ASKED}"
+    assert rates == {f"Ann: base (pocket){ASKED}": {39}, f"Ann: base (pocket){other}": {2}, f"{tuned}{ASKED}": {1}, f"{tuned}{other}": {7}, unlearned: {0}}
+    assert references == {"Ann": ["images/b0.png", "images/b1.png"]}
 
 
 @pytest.mark.parametrize(("words", "kappa"), [([("yes", "no"), ("yes", "no")], 1.0), ([("yes", "no"), ("no", "yes")], -1.0), ([("no", "no")] * 2, None)])
@@ -150,7 +209,7 @@ def test_answers_that_are_not_all_there_are_refused(change: Any, message: str, r
 
 def test_a_report_without_images_makes_no_sheet(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing to rate, and no report at all: told, with exit code 2."""
-    (report / "verdict.json").write_text(json.dumps({"claims": [claim("forgotten", images={})]}), encoding="utf-8")
+    (report / "verdict.json").write_text(json.dumps({"claims": [claim("forgotten", images={}), *many()], "run": {"tasks": TASKS}}), encoding="utf-8")
     assert main(["--report", str(report), "--rating-sheet", str(report / "sheet")]) == 2
     assert "carry no images" in capsys.readouterr().err
     assert main(["--report", str(report / "nowhere"), "--rating-sheet", str(report / "sheet")]) == 2

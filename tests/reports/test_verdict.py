@@ -61,7 +61,7 @@ def test_a_deviation_is_no_gate() -> None:
 
 def test_json_round_trip(tmp_path: Path) -> None:
     """Every field of every claim can be rebuilt from verdict.json; only images change: they move into the report."""
-    claims = (claim(), resurged("Alan", images={"base": (png(tmp_path / "a.png"),)}), INVALID)
+    claims = (claim(figures={"UA": 0.9}), resurged("Alan", images={"base": (png(tmp_path / "a.png"),)}), INVALID)
     write(Report(claims, scope="these prompts", notices=("pocket",), run={"images": 3}), tmp_path / "out")
     data = json.loads((tmp_path / "out/verdict.json").read_text())
     rebuilt = [Claim(**one | {"images": {k: tuple(v) for k, v in one["images"].items()}}) for one in data["claims"]]
