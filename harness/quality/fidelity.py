@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset, prepare_input_from_descriptor
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 from harness.errors import SpecError, StoreError
 from harness.quality._figure import Figure
 from harness.quality.features import Backbone
 from harness.spec import BLOCKS
+from harness.taskfile import pictures_in
 
 SUBSETS, LARGEST = 100, 1000  # KID: how many subsets, and of how many images at most
 SEED = 2020  # of KID's subsets; torch-fidelity's default
+CUT = "reference's shorter side to that of the images and centre crop, then "  # what files are put through before `resize`
 
 
 class Images(Dataset[Tensor]):
@@ -36,8 +41,10 @@ class Images(Dataset[Tensor]):
         return self.images[index]
 
 
-def fidelity(images: Tensor, reference: Tensor | Path, says: str, backbone: Backbone, weights: Path | None = None, batch: int = 64) -> list[Figure]:
-    """FID, sFID and KID of uint8 images (n, 3, h, w) against other such images, or those in a folder (square-cropped to the same size).
+def fidelity(
+    images: Tensor, reference: Tensor | Path | Sequence[Path], says: str, backbone: Backbone, weights: Path | None = None, batch: int = 64
+) -> list[Figure]:
+    """FID, sFID and KID of uint8 images (n, 3, h, w) against other such images, or those in a folder or in files (square-cropped to the same size).
 
     `says` names the reference in every figure. `weights` is the folder with Inception's weights; the pocket backbone has its own.
     FID is biased by the number of images: compare figures of equal counts only. Its spread, and sFID's, is the standard error by leaving
@@ -47,7 +54,7 @@ def fidelity(images: Tensor, reference: Tensor | Path, says: str, backbone: Back
     cuda = torch.cuda.is_available()
     path = None if weights is None else str(weights)
     extractor = create_feature_extractor(backbone.name, layers, cuda=cuda, feature_extractor_weights_path=path, verbose=False)
-    theirs, cut = (Images(reference), "") if isinstance(reference, Tensor) else _folder(reference, images.shape[-1])
+    theirs, cut = (Images(reference), "") if isinstance(reference, Tensor) else (_files(reference, images.shape[-1]), CUT)
     mine, other = (get_featuresdict_from_dataset(each, extractor, batch, cuda, True, False) for each in (Images(images), theirs))
 
     def figure(name: str, value: float, layer: str, spread: float | None = None) -> Figure:
@@ -75,9 +82,9 @@ def _error(a: Tensor, b: Tensor) -> float | None:
     return float(((BLOCKS - 1) * left.var(correction=0)).sqrt())
 
 
-def _folder(folder: Path, size: int) -> tuple[Any, str]:
-    """PNG and JPEG files of a folder and its subfolders, the shorter side resized to `size` and the middle cut out."""
-    if not folder.is_dir() or not any(p.suffix.lower() in (".png", ".jpg", ".jpeg") for p in folder.rglob("*")):
-        raise StoreError(f"no PNG or JPEG images in '{folder}'; the reference must be a folder of images")
-    found = prepare_input_from_descriptor({"input": str(folder)}, samples_find_deep=True, samples_resize_and_crop=size, verbose=False)
-    return found, f"reference's shorter side to {size} px and centre crop, then "
+def _files(given: Path | Sequence[Path], size: int) -> Any:
+    """PNG and JPEG files, or those of a folder and its subfolders, the shorter side resized to `size` and the middle cut out."""
+    files = pictures_in(given) if isinstance(given, Path) else given
+    if not files:
+        raise StoreError(f"no PNG or JPEG images in '{given}'; the reference must be a folder of images")
+    return ImagesPathDataset(files, Compose([Resize(size), CenterCrop(size), TransformPILtoRGBTensor()]))
