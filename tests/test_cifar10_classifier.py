@@ -95,12 +95,17 @@ def test_it_goes_on_from_a_file_of_weights(made: Path, tmp_path: Path, capsys: p
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other names, other shapes, or no file: said before anything is trained or written."""
+    """Other names, names missing or too many, other shapes, or no file: said before anything is trained or written."""
     batches(tmp_path)
     state = timm.create_model(SMALL).state_dict()
     save_file({"body.0.weight": torch.zeros(1)}, tmp_path / "names.safetensors")
     save_file({name: torch.zeros(1, *tensor.shape).contiguous() for name, tensor in state.items()}, tmp_path / "shapes.safetensors")
-    for name, message in (("names", f"are not a {SMALL}: they and the network differ in body"), ("shapes", f"are not a {SMALL}"), ("none", "cannot be read")):
+    save_file({name: tensor for name, tensor in state.items() if not name.startswith("layer4.")}, tmp_path / "lacking.safetensors")
+    save_file(state | {"more": torch.zeros(1)}, tmp_path / "strange.safetensors")
+    other = f"are not a {SMALL}"
+    differs = {"lacking": "layer4", "strange": "more and 0 other", "names": "body"}
+    messages = {name: f"{other}: they and the network differ in {first}" for name, first in differs.items()} | {"shapes": other, "none": "cannot be read"}
+    for name, message in messages.items():
         with pytest.raises(StoreError, match=message):
             classifier.start(SMALL, tmp_path / f"{name}.safetensors")
         assert run(tmp_path, "--weights", str(tmp_path / f"{name}.safetensors")) == 2
@@ -152,6 +157,7 @@ def test_it_sees_what_the_detector_shows(monkeypatch: pytest.MonkeyPatch) -> Non
     classifier.learn(Net(), images, torch.zeros(64, dtype=torch.int64), classifier.Recipe(batch=24, epochs=2, size=8), torch.device("cpu"))
     assert [len(batch) for batch in shown] == [24, 24, 16] * 2
     seen = torch.cat(shown)
+    assert seen.shape[-2:] == (8, 8)
     left, right = seen[:, 0, 0, 0], seen[:, 0, 0, -1]
     for epoch in (slice(0, 64), slice(64, 128)):
         assert torch.allclose(torch.maximum(left, right)[epoch].sort().values, images[:, 0, 0, 0] / 127.5 - 1, atol=1e-6)
