@@ -145,16 +145,17 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good images of the retained concepts must stay, as a distance to the base model's own images of them from other noise.
+    """How good images of the retained concepts must stay, as a distance to the base model's own images of them from other noise, or to real ones.
 
-    `fid` is the largest Fréchet distance allowed. It depends on the backbone, the count and the concepts, so it is justified by what the
-    base model itself gets, and written beside it in the task.
+    `fid` is the largest Fréchet distance allowed. It depends on the backbone, the counts, the reference and the concepts, so it is justified
+    by what the base model itself gets, and written beside it in the task.
     """
 
     fid: float
     count: int = 200  # images of each side, a multiple of the prompts of `retained`
     backbone: str = "inception"
     weights: str = ""  # folder of the backbone's weights, where it does not ship
+    reference: str = ""  # folder of real images; `{}` in it stands for each retained concept. Empty: the base model's own
 
     def __post_init__(self) -> None:
         if not self.fid > 0:

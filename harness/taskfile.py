@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import SpecError, unknown
-from harness.spec import Group, Quality, Sampler, Task, Tolerance, Verbatim, canonical
+from harness.spec import BLOCKS, Group, Quality, Sampler, Task, Tolerance, Verbatim, canonical
 
 GROUPS = ("erased", "anchor", "retain", "retained")
+PICTURES = (".png", ".jpg", ".jpeg")
 
 
 def read(path: Path) -> Task:
@@ -38,6 +39,24 @@ def prompts_in(file: str, source: str) -> tuple[str, ...]:
     if not rows or "prompt" not in rows[0]:
         raise SpecError(f"'{path}' needs a column 'prompt' and at least one row; it has {', '.join(rows[0]) if rows else 'no rows'}")
     return tuple(dict.fromkeys((row["prompt"] or "").strip() for row in rows))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """PNG and JPEG files of a folder and its subfolders, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+
+
+def real_images(task: Task, asked: Quality) -> list[Path]:
+    """The files of the reference of `asked`, none where it names no folder; SpecError where they are not there."""
+    if not asked.reference:
+        return []
+    folders = dict.fromkeys(Path(asked.reference.replace("{}", concept)) for concept in task.retained.concepts)
+    found = {folder: pictures_in(folder) for folder in folders}
+    if empty := [folder for folder, files in found.items() if not files]:
+        raise SpecError(f"no PNG or JPEG in '{empty[0]}', a reference of [quality]; put real images there ({task.source}), or leave the key out")
+    if (count := sum(map(len, found.values()))) < 2 * BLOCKS:
+        raise SpecError(f"a distance needs at least {2 * BLOCKS} images on each side, got {count} in '{asked.reference}', the reference of [quality]; add more")
+    return [file for files in found.values() for file in files]
 
 
 def _parsed(path: Path, nested: bool = False) -> dict[str, Any]:

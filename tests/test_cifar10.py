@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fixtures.controller import _resolved
 from fixtures.keys import fits
@@ -84,6 +85,18 @@ def test_the_command_trains_and_saves_what_the_harness_loads(tmp_path: Path, mon
     assert pipe.encode(["automobile", ""]).tolist() == [1, 10]
 
 
+def test_the_command_writes_real_pictures_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of each class, in the order of the files, in a folder of its name; nothing is trained."""
+    rows = batches(tmp_path)
+    monkeypatch.setattr(train, "EACH", 1)
+    out = tmp_path / "pictures"
+    assert train.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--pictures", str(out)]) == 0
+    assert sorted(file.relative_to(out).as_posix() for file in out.rglob("*.png")) == [f"{name}/000.png" for name in ddpm.CLASSES]
+    seen = np.asarray(Image.open(out / "bird" / "000.png"))
+    assert (seen.transpose(2, 0, 1).ravel() == rows[2, 1:]).all()
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_rate_rises_and_falls_or_stays() -> None:
     """The tiny model's is a warm-up and a cosine to 0; the full recipe's is constant, as published."""
     tiny = ddpm.Recipe(100, 8, 1.0, 10, 0.9, True, torch.optim.AdamW)
@@ -93,14 +106,24 @@ def test_the_rate_rises_and_falls_or_stays() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_full_task_says_that_it_was_not_run_and_what_it_lacks(name: str) -> None:
-    """In its first lines; without its model it is refused before anything is drawn, with the command that makes one. A given model is not."""
+def test_a_full_task_says_that_it_was_not_run_and_what_it_lacks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its first lines; without its model, or real pictures of every class that is kept, it is refused before anything is drawn, with the command."""
     text = (SUITE / f"{name}.toml").read_text()
     assert "Not yet run with real data" in text.partition("\n\n")[0].partition("suite =")[0]
     task = Task.load(SUITE / f"{name}.toml")
     with pytest.raises(SpecError, match=r"made for the model in '\.weights/cifar10-ddpm', which is not there .*suites\.cifar10\.train.*give --model"):
         fits(task, task.model)
+    monkeypatch.chdir(tmp_path)
+    assert task.quality
+    for concept in task.retained.concepts:
+        with pytest.raises(SpecError, match=rf"no PNG or JPEG in '\.weights/cifar10-pictures/{concept}'.*suites\.cifar10\.train.*--pictures"):
+            fits(task, "owner/name")
+        folder = Path(task.quality.reference.replace("{}", concept))
+        folder.mkdir(parents=True)
+        for i in range(3):
+            (folder / f"{i}.png").touch()
     fits(task, "owner/name")
+    assert not Path(task.quality.reference.replace("{}", task.erased.concepts[0])).exists()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

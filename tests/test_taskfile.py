@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import SpecError
 from harness.spec import Group, Lineage, Quality, Task, Verbatim, canonical, key
-from harness.taskfile import made, plain, read
+from harness.taskfile import made, plain, read, real_images
 from tests.test_spec import TOML, lineage, task
 
 
@@ -51,6 +51,24 @@ def test_a_quality_that_cannot_be_measured(tmp_path: Path, old: str, new: str, m
     """Without a tolerance, with one that nothing meets, with too few images, misspelt."""
     with pytest.raises(SpecError, match=message):
         written(tmp_path, TOML + QUALITY.replace(old, new))
+
+
+def test_real_images_of_a_quality(tmp_path: Path) -> None:
+    """A folder with all below it, or one for each retained concept where `{}` stands; too few, or a folder without any, are refused. By default none."""
+    found = written(tmp_path, TOML + QUALITY + f'reference = "{tmp_path}/{{}}"\n')
+    assert found.quality == Quality(3.5, 40, "pocket", reference=f"{tmp_path}/{{}}")
+    assert made(found.id, plain(found)) == found
+    assert real_images(found, Quality(3.5)) == []
+    with pytest.raises(SpecError, match=r"no PNG or JPEG in '.*/r', a reference of .quality.; put real images there \(made up\), or leave the key out"):
+        real_images(found, found.quality)
+    for i in range(20):
+        folder = tmp_path / ("r" if i < 19 else "x/deep")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:02d}.{('png', 'JPG', 'jpeg')[i % 3]}").touch()
+    (tmp_path / "r" / "notes.txt").touch()
+    with pytest.raises(SpecError, match="at least 20 images on each side, got 19 in"):
+        real_images(found, found.quality)
+    assert [file.stem for file in real_images(found, Quality(3.5, reference=str(tmp_path)))] == [f"{i:02d}" for i in range(20)]
 
 
 def test_quality_looks_at_whole_rounds() -> None:

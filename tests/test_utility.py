@@ -98,6 +98,18 @@ def test_a_task_without_quality_has_no_such_claim() -> None:
         claims.measured(lab, cell, claims.blank("id", "", cell, lab.options, lab.task))
 
 
+def test_real_images_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names the folder, where there is one; a tolerance that the base model misses is said to be to real images."""
+    cell = Cell("quality", "esd", None, 0, "2 retained concepts")
+    lab, quality = Scene(good), replace(TASK.quality, reference="kept/{}")
+    said = [claims.blank("id", "The FID to {like}.", cell, lab.options, replace(TASK, quality=asked)).sentence for asked in (None, TASK.quality, quality)]
+    assert said == ["The FID to the base model's own images."] * 2 + ["The FID to the real images in 'kept/{}'."]
+    monkeypatch.setattr(retained, "figures", lambda *given: iter([figure("FID", 30.0, 1.0), figure("sFID", 77.0, 5.0)]))
+    lab.task = replace(TASK, quality=quality)
+    with pytest.raises(PreconditionError, match=r"not shown to be within 10 of real ones \(broken\)"):
+        claims.measured(lab, cell, claims.blank("id", "", cell, lab.options, lab.task))
+
+
 def test_the_word_at_the_tolerance_itself() -> None:
     """As of a rate: the whole interval on one side."""
 

@@ -69,16 +69,20 @@ def labels(file: Path | None) -> list[str]:
     return found
 
 
+def described(architecture: str, known: Sequence[str], none: str | None = None) -> dict[str, Any]:
+    """config.json of a classifier that sees 224 pixels, resized bilinearly, in [-1, 1]."""
+    return {
+        "architecture": architecture, "model_args": {}, "labels": list(known), "none": none,
+        "image_size": 224, "interpolation": "bilinear", "mean": HALF, "std": HALF,
+    }  # fmt: skip
+
+
 def _classifier(architecture: str) -> Callable[[Path, Path | None, str | None], Made]:
     def make(file: Path, names: Path | None, none: str | None) -> Made:
         found, known = state(file, "model_state_dict"), labels(names)
         if none is not None and none not in known:
             raise unknown("none label", none, known)
-        config: dict[str, Any] = {
-            "architecture": architecture, "model_args": {}, "labels": known, "none": none,
-            "image_size": 224, "interpolation": "bilinear", "mean": HALF, "std": HALF, "untested": UNTESTED,
-        }  # fmt: skip
-        return found, config
+        return found, described(architecture, known, none) | {"untested": UNTESTED}
 
     return make
 

@@ -19,7 +19,8 @@ FOLDERS = {"pocket": pocket.DETECTOR, "pocket-style": pocket.STYLE}
 FILES = ("config.json", "model.safetensors")
 FETCH = (
     "A classifier folder holds config.json and model.safetensors. For UnlearnCanvas fetch style50.pth (styles) or style50_cls.pth (objects) from the"
-    " classifiers that OPTML-Group/UnlearnCanvas links, for CIFAR-10 a torchvision ResNet-34 checkpoint, write its class names into labels.txt, one a line"
+    " classifiers that OPTML-Group/UnlearnCanvas links, for CIFAR-10 a torchvision ResNet-34 checkpoint (or make the folder with"
+    " `python -m suites.cifar10.classifier`), write its class names into labels.txt, one a line"
     " in its order (UnlearnCanvas: theme_available or class_available in evaluation/constants/const.py), and run"
     " `python -m harness.detection convert unlearncanvas|resnet34 FILE FOLDER --labels labels.txt`"
 )

@@ -9,17 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset, prepare_input_from_descriptor
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 from harness.errors import SpecError, StoreError
 from harness.quality._figure import Figure
 from harness.quality.features import Backbone
 from harness.spec import BLOCKS
+from harness.taskfile import pictures_in
 
 SUBSETS, LARGEST = 100, 1000  # KID: how many subsets, and of how many images at most
 SEED = 2020  # of KID's subsets; torch-fidelity's default
+CUT = "reference's shorter side to that of the images and centre crop, then "  # what files are put through before `resize`
 NEEDS = "a quality figure needs at least 2 uint8 images (n, 3, h, w)"
 Sets = Tensor | Iterable[Tensor]  # all images, or one set after the other: more than fit into memory
 
@@ -39,15 +43,14 @@ class Images(Dataset[Tensor]):
         return self.images[index]
 
 
-def fidelity(images: Sets, reference: Sets | Path, says: str, backbone: Backbone, weights: Path | None = None, batch: int = 64) -> list[Figure]:
-    """FID, sFID and KID of uint8 images (n, 3, h, w) against other such images, or those in a folder (square-cropped to the same size).
+def fidelity(images: Sets, reference: Sets | Path | list[Path], says: str, backbone: Backbone, weights: Path | None = None, batch: int = 64) -> list[Figure]:
+    """FID, sFID and KID of uint8 images (n, 3, h, w) against other such images, or those in a folder or in files (square-cropped to the same size).
 
     `says` names the reference in every figure. `weights` is the folder with Inception's weights; the pocket backbone has its own.
     FID is biased by the number of images: compare figures of equal counts only. Its spread, and sFID's, is the standard error by leaving
     out one tenth of `images` after the other (Tukey's jackknife), where there are enough.
     """
-    if isinstance(reference, Path):
-        _check(reference)
+    files = _files(reference) if isinstance(reference, Path) else reference if isinstance(reference, list) else None
     layers = [backbone.layer, backbone.spatial]
     cuda = torch.cuda.is_available()
     path = None if weights is None else str(weights)
@@ -57,9 +60,9 @@ def fidelity(images: Sets, reference: Sets | Path, says: str, backbone: Backbone
         return get_featuresdict_from_dataset(pictures, extractor, batch, cuda, True, False)
 
     mine, size = _together(images, look)
-    other = look(_folder(reference, size)) if isinstance(reference, Path) else _together(reference, look)[0]
+    other = _together(reference, look)[0] if files is None else look(_cut(files, size))
     count, against = len(mine[layers[0]]), len(other[layers[0]])
-    cut = f"reference's shorter side to {size} px and centre crop, then " if isinstance(reference, Path) else ""
+    cut = "" if files is None else CUT
 
     def figure(name: str, value: float, layer: str, spread: float | None = None) -> Figure:
         conditions = (f"{backbone.says}, layer {layer}", mine[layer].shape[1], f"{against} images: {says}", count, cut + backbone.resize)
@@ -98,12 +101,13 @@ def _error(a: Tensor, b: Tensor) -> float | None:
     return float(((BLOCKS - 1) * left.var(correction=0)).sqrt())
 
 
-def _check(folder: Path) -> None:
-    """An error where the reference is no folder of images, before anything is drawn."""
-    if not folder.is_dir() or not any(p.suffix.lower() in (".png", ".jpg", ".jpeg") for p in folder.rglob("*")):
+def _files(folder: Path) -> list[Path]:
+    """PNG and JPEG files of a folder and its subfolders; an error where there are none, before anything is drawn."""
+    if not (files := pictures_in(folder)):
         raise StoreError(f"no PNG or JPEG images in '{folder}'; the reference must be a folder of images")
+    return files
 
 
-def _folder(folder: Path, size: int) -> Any:
-    """PNG and JPEG files of a folder and its subfolders, the shorter side resized to `size` and the middle cut out."""
-    return prepare_input_from_descriptor({"input": str(folder)}, samples_find_deep=True, samples_resize_and_crop=size, verbose=False)
+def _cut(files: list[Path], size: int) -> Any:
+    """The shorter side resized to `size` and the middle cut out."""
+    return ImagesPathDataset(files, Compose([Resize(size), CenterCrop(size), TransformPILtoRGBTensor()]))

@@ -1,8 +1,9 @@
-"""How good a model's images of what must survive still are, beside the base model's own."""
+"""How good a model's images of what must survive still are, beside the base model's own or real ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from harness.errors import unknown
 from harness.measurement import round_images, rounds_ahead
 from harness.quality._figure import Figure
 from harness.quality.features import BACKBONES
-from harness.quality.fidelity import fidelity
-from harness.spec import Lineage, Quality, Task, sha256
+from harness.quality.fidelity import CUT, fidelity
+from harness.spec import Lineage, Quality, Task, key, sha256
+from harness.taskfile import real_images
 
 REFERENCE = 1  # of the noise that the base model draws the reference from; rates are measured at 0
 VERSION = 2  # bump when figures change
@@ -29,25 +31,44 @@ def wanted(task: Task, asked: Quality) -> tuple[list[Wanted], list[Wanted]]:
     return [(round_images(task.retained, part, 0), task.sampler) for part in parts], [(round_images(task.retained, range(rounds), REFERENCE), task.sampler)]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What images are held against: its address, what a figure says of it, and how it is looked at."""
+
+    address: list[str] | str
+    says: str
+    count: int
+    cut: str
+    look: Callable[[], Tensor | list[Path]]
+
+
+def reference(engine: Engine, lineage: Lineage, asked: Quality) -> Reference:
+    """The task's real images, whose content is their address wherever they lie; else what the base model draws from other noise."""
+    if files := real_images(lineage.task, asked):
+        digest = key(sorted(sha256(file) for file in files))
+        return Reference(digest, f"real ones in '{asked.reference}', content {digest[:12]}", len(files), CUT, lambda: files)
+    base, sets = Lineage(lineage.base, lineage.task), wanted(lineage.task, asked)[1]
+    return Reference([engine.images(base, each).name for each in sets], SAYS, asked.count, "", lambda: _drawn(engine, base, sets))
+
+
 def figures(engine: Engine, lineage: Lineage, asked: Quality) -> Iterator[Figure]:
     """FID and sFID of the images of `lineage`, each with its conditions and its jackknife error, computed once."""
-    mine, reference = wanted(lineage.task, asked)
     if asked.backbone not in BACKBONES:
         raise unknown("backbone in [quality]", asked.backbone, BACKBONES)
-    backbone, base, weights = BACKBONES[asked.backbone], Lineage(lineage.base, lineage.task), Path(asked.weights) if asked.weights else None
-    places = [[engine.images(whose, each).name for each in sets] for whose, sets in ((lineage, mine), (base, reference))]
+    backbone, weights, mine = BACKBONES[asked.backbone], Path(asked.weights) if asked.weights else None, wanted(lineage.task, asked)[0]
+    against = reference(engine, lineage, asked)
+    places = [engine.images(lineage, each).name for each in mine]
 
     def look() -> Tensor:
-        seen, other = (_drawn(engine, whose, sets) for whose, sets in ((lineage, mine), (base, reference)))
-        found = fidelity(seen, other, SAYS, backbone, weights)[:2]
+        found = fidelity(_drawn(engine, lineage, mine), against.look(), against.says, backbone, weights)[:2]
         return torch.tensor([[each.value, each.spread or 0.0, each.size] for each in found], dtype=torch.float64)
 
     file = weights / "model.safetensors" if weights else None
     digest = sha256(file) if file and file.is_file() else ""  # where it is missing, looking says what to fetch
-    what = {"figures": "FID, sFID", "of": places[0], "reference": places[1], "backbone": backbone.says, "weights": digest, "version": VERSION}
+    what = {"figures": "FID, sFID", "of": places, "reference": against.address, "backbone": backbone.says, "weights": digest, "version": VERSION}
     table = engine.kept("quality", what, look)
     for name, layer, (value, spread, size) in zip(("FID", "sFID"), (backbone.layer, backbone.spatial), table.tolist(), strict=True):
-        conditions = (f"{backbone.says}, layer {layer}", int(size), f"{asked.count} images: {SAYS}", asked.count, backbone.resize)
+        conditions = (f"{backbone.says}, layer {layer}", int(size), f"{against.count} images: {against.says}", asked.count, against.cut + backbone.resize)
         yield Figure(name, value, *conditions, spread)
 
 

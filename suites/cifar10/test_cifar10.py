@@ -14,7 +14,7 @@ test_the_retained_classes_are_still_drawn = promise(
     "retained", "{method}, {steps} fine-tuning steps: the mean rate of classes that must survive stays above {above}."
 )
 test_the_retained_classes_look_as_before = promise(
-    "quality", "{method}, {steps} fine-tuning steps: the FID of classes that must survive to the base model's own images stays below {above}."
+    "quality", "{method}, {steps} fine-tuning steps: the FID of classes that must survive to {like} stays below {above}."
 )
 test_the_class_stays_forgotten_after_fine_tuning = promise(
     "stays-forgotten", "{method}, after {steps} steps of {finetune}: the rate of {concept} stays below {tau}."
