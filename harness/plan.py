@@ -12,7 +12,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from harness import catalogue, footprint, single_file
+from harness import catalogue, footprint
 from harness.footprint import FLOAT
 from harness.groups import group
 from harness.jobs import Job
@@ -66,15 +66,17 @@ class Size:
 @cache
 def size(base: Base) -> Size | None:
     """A model's size by the headers of its parts' files, or by a single file's configuration; None where neither is here in the usual layout."""
-    from harness import pipeline
+    from harness import pipeline, single_file  # they import torch
 
     file = Path(base.source)
     try:
         if (folder := single_file.settings(file) if file.is_file() else _folder(base.source)) is None:
             return None
         kind = pipeline.kind_of(folder)
-        whole = file.is_file() and issubclass(kind, pipeline.StableDiffusion)
-        shapes = single_file.shapes(folder, kind.encoders) if whole else dict(_shapes(folder, kind.components))
+        if file.is_file() and issubclass(kind, pipeline.StableDiffusion):
+            shapes = single_file.shapes(folder, kind.encoders)
+        else:
+            shapes = dict(_shapes(folder, kind.components))
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = folder / "vae" / "config.json"
         scale = 2 ** (len(json.loads(vae.read_text(encoding="utf-8"))["block_out_channels"]) - 1) if vae.is_file() else 1
