@@ -5,6 +5,7 @@ python -m harness run FILE [FILE ...] --store DIR_OR_URL
 `pytest suites/... --plan --jobs DIR` writes one file for each checkpoint and each set of images that a selection needs and the
 store lacks; their names sort in an order in which they can be done. A file holds the whole lineage: the base model by
 digest and place, the task, every stage with all its fields. What it needs is named in it, and made first where it is missing.
+The model computes in what the job's digest says (`+bfloat16`, or else float32), wherever the job is done and whatever RESURGENCE_DTYPE is there.
 The same command started several times on one store shares the work: each process takes what no other is making.
 """
 
@@ -116,7 +117,7 @@ def make(texts: Iterable[str], store: Store, progress: Callable[[str], None] = l
     from harness.engine import Engine
 
     for base in {job.lineage.base for job in missing}:
-        if (here := pipeline.identify(base.source)).digest != base.digest:
+        if (here := pipeline.identify(base.source, pipeline.precision_of(base))).digest != base.digest:
             raise StoreError(f"the model '{here.source}' has the digest {here.digest}, the job is about {base.digest}; put that model there, or {AGAIN}")
     every = ordered((job.lineage for job in missing), [(job.lineage, job.wanted) for job in missing if job.wanted is not None])
     failures = build(Engine(store, progress), every)

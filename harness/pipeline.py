@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from harness import devices, pocket, single_file
-from harness.errors import SpecError, StoreError
+from harness.errors import SpecError, StoreError, unknown
 from harness.families.class_conditional import CLASSES, ClassConditional
 from harness.families.pipe import Pipe
 from harness.families.sdxl import StableDiffusionXL
@@ -61,12 +61,23 @@ def denoise(pipe: Pipe, x_T: Tensor, cond: Tensor, uncond: Tensor, sampler: Samp
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def identify(source: str) -> Base:
-    """Find a model and take its address: the digest of its files, or hub id and commit; and `+` what it computes in, where not float32."""
+def identify(source: str, precision: str | None = None) -> Base:
+    """Find a model and take its address: the digest of its files, or hub id and commit; and `+` what it computes in, where not float32.
+
+    It computes in `precision`, or in what is usual on this machine; a model that ships with the project in float32.
+    """
     if source in SHIPPED and not SHIPPED[source].is_dir():
         raise SpecError(f"'{source}' has no weights here yet; make them with the recipe in {SHIPPED[source].parent / 'README.md'}")
-    exact = "float32" if source in SHIPPED else devices.precision()
+    exact = "float32" if source in SHIPPED else precision or devices.precision()
     return Base(_address(source) + (f"+{exact}" if exact != "float32" else ""), source)
+
+
+def precision_of(base: Base) -> str:
+    """What a model computes in, by its address."""
+    name = base.digest.partition("+")[2] or "float32"
+    if name not in devices.DTYPES:
+        raise unknown(f"precision in the address of '{base.source}'", name, devices.DTYPES)
+    return name
 
 
 def _address(source: str) -> str:
@@ -105,11 +116,11 @@ def _settings(source: str) -> Path:
 @cache
 def family(base: Base) -> str:
     """The family that a model is of, without loading it."""
-    return _kind(_settings(base.source)).family
+    return kind_of(_settings(base.source)).family
 
 
-def _kind(folder: Path) -> type[StableDiffusion | ClassConditional]:
-    """The family's class, by the layout of the folder."""
+def kind_of(folder: Path) -> type[StableDiffusion | ClassConditional]:
+    """The family's class, by the layout of a folder, which need not hold weights."""
     try:
         config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         kind, told = config["_class_name"], config.get("addition_embed_type")
@@ -128,7 +139,7 @@ def load(base: Base) -> Pipe:
     quiet_diffusers()
     quiet_transformers()
     settings, file = _settings(base.source), Path(base.source)
-    kind = _kind(settings)
+    kind = kind_of(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if file.is_file() and issubclass(kind, StableDiffusion):
@@ -140,7 +151,7 @@ def load(base: Base) -> Pipe:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"'{base.source}' does not load as a {kind.layout} pipeline: {error}") from error
-    pipe.dtype = devices.DTYPES.get(base.digest.rpartition("+")[2], torch.float32)
+    pipe.dtype = devices.DTYPES[precision_of(base)]
     pipe.micro_batch = devices.micro_batch()
     if devices.checkpointing():
         pipe.unet.enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""What a piece of work will cost, told from its description and the headers of the model's files: no model is loaded.
+"""What a piece of work will cost, told from its description and the model's shapes: no model is loaded.
 
 UNet passes and images are counted. Minutes, disk and memory are **estimates** by the figures stated here.
 """
@@ -6,7 +6,7 @@ UNet passes and images are counted. Minutes, disk and memory are **estimates** b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -65,16 +65,24 @@ class Size:
 
 @cache
 def size(base: Base) -> Size | None:
-    """A model's size by the headers of its files; None where they are not in a local folder of the usual layout."""
-    if (folder := _folder(base.source)) is None:
-        return None
+    """A model's size by the headers of its parts' files, or by a single file's configuration; None where neither is here in the usual layout."""
+    from harness import pipeline, single_file  # they import torch
+
+    file = Path(base.source)
     try:
+        if (folder := single_file.settings(file) if file.is_file() else _folder(base.source)) is None:
+            return None
+        kind = pipeline.kind_of(folder)
+        if file.is_file() and issubclass(kind, pipeline.StableDiffusion):
+            shapes = single_file.shapes(folder, kind.encoders)
+        else:
+            shapes = dict(_shapes(folder, kind.components))
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = folder / "vae" / "config.json"
         scale = 2 ** (len(json.loads(vae.read_text(encoding="utf-8"))["block_out_channels"]) - 1) if vae.is_file() else 1
         sides = unet["sample_size"]
         height, width = (sides, sides) if isinstance(sides, int) else sides
-        return Size(dict(_shapes(folder)), (height, width), (height * scale, width * scale))
+        return Size(shapes, (height, width), (height * scale, width * scale))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -95,9 +103,9 @@ def _folder(source: str) -> Path | None:
         return None
 
 
-def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's full name and shape, once, whatever the file's precision."""
-    for path in sorted(folder.glob("*/*.safetensors")):
+def _shapes(folder: Path, components: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Full name and shape of every tensor of the parts that are loaded: a safety checker, for one, is not."""
+    for path in sorted(path for part in components for path in (folder / part).glob("*.safetensors")):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         yield from ((f"{path.parent.name}.{name}", tuple(each["shape"])) for name, each in header.items() if name != "__metadata__")

@@ -68,6 +68,20 @@ def _shapes(file: Path) -> dict[str, Tensor]:
         raise StoreError(f"'{file}' is not a readable .safetensors file: {error}") from error
 
 
+def shapes(folder: Path, encoders: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Full name and shape of every parameter that a configuration describes, without weights; `encoders` are transformers' classes by part."""
+    import diffusers
+    import transformers
+
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    with torch.device("meta"):  # numbers without content take no memory
+        parts = {name: kind.from_config(kind.load_config(folder / name)) for name, kind in kinds.items()}
+        for name, of in encoders.items():
+            kind = getattr(transformers, of)
+            parts[name] = kind(kind.config_class.from_pretrained(folder / name))
+    return {f"{name}.{each}": tuple(p.shape) for name, part in parts.items() for each, p in part.named_parameters()}
+
+
 def converted(tensors: Mapping[str, Tensor], pipe: Any) -> dict[str, Tensor]:
     """The original code's tensors under this model's names, part by part."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint

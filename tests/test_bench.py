@@ -93,6 +93,33 @@ def test_methods_beside_their_plan(base, tmp_path):
     assert "singular" in "\n".join(command.lines("methods", found))
 
 
+class Scripted:
+    """Sees whom the first so many images of a set were asked for, and somebody else in the others."""
+
+    address, labels = "scripted", ("x", "y", "r", "s")
+
+    def __init__(self, *script: tuple[int, int]) -> None:
+        self.script = iter(script)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores (n, 4): two prompts a concept, from the set's first label on."""
+        first, right = next(self.script)
+        place = torch.arange(len(images))
+        return torch.nn.functional.one_hot((first + place // 2 % 2 + (place >= right)) % 4, 4).float()
+
+
+def test_the_fewest_sampling_steps_that_keep_what_is_asked_for(base, tmp_path):
+    """Erased and retained alike, each number of steps with images of its own, the task's own among them; .97 is not kept by 15 of 16."""
+    eyes = Scripted((0, 8), (2, 7), (0, 8), (2, 8), (0, 8), (2, 8))
+    found = stages.accuracies(Lineage(base, TASK), eyes, (3, 1), 2, tmp_path)
+    assert [(row["steps"], row["images"], row["base accuracy"]) for row in found["rows"]] == [(1, 16, 15 / 16), (2, 16, 1.0), (3, 16, 1.0)]
+    assert found["rows"][0]["low"] < 15 / 16 < found["rows"][0]["high"]
+    assert (found["the fewest steps that keep 0.97"], found["the task's steps"], found["base accuracy at the task's steps"]) == (2, 2, 1.0)
+    assert "1   target >= 0.97: met" in "\n".join(command.lines("sampling", found))
+    none = stages.accuracies(Lineage(base, TASK), Scripted(*[(0, 0), (2, 0)] * 2), (1,), 1, tmp_path / "none")
+    assert (none["the fewest steps that keep 0.97"], none["base accuracy at the task's steps"]) == (None, 0.0)
+
+
 def test_every_preset_is_found():
     """The bench's methods are those of the folder, with the pocket model's steps."""
     assert stages.presets("unlearning", "esd").steps == 150
@@ -166,7 +193,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
 def test_a_quick_bench_of_the_real_command_line(tmp_path, capsys):
     """From an empty store: shares of the time, passes no more than planned at most; then nothing is made again."""
     json_file = tmp_path / "b.json"
-    assert main(["bench", "--quick", "--only", "cold,warm,bytes,collect", "--json", str(json_file), "--folder", str(tmp_path / "runs")]) == 0
+    assert main(["bench", "--quick", "--only", "cold,warm,bytes,collect,sampling", "--json", str(json_file), "--folder", str(tmp_path / "runs")]) == 0
     parts = json.loads(json_file.read_text())["parts"]
     cold = parts["cold"]
     assert 0 < cold["  detector"] < cold["  model"] < cold["share inside model, detector, optimizer"] < 1
@@ -176,4 +203,6 @@ def test_a_quick_bench_of_the_real_command_line(tmp_path, capsys):
     assert parts["bytes"]["checkpoints"] == 3
     assert 0 < parts["bytes"]["mean share, weights"] < 0.1
     assert parts["collect"]["claims"] > 100
+    assert [(row["steps"], row["images"]) for row in parts["sampling"]["rows"]] == [(1, 75), (2, 75), (6, 75)]
+    assert parts["sampling"]["rows"][0]["base accuracy"] < parts["sampling"]["base accuracy at the task's steps"]
     assert "== bytes" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness import pipeline
+from harness import pipeline, plan
 from harness.candidate import Candidate
 from harness.errors import ResurgenceError, SpecError, StoreError
 from harness.families.sdxl import StableDiffusionXL
@@ -83,6 +83,18 @@ def test_a_single_file_is_the_model_it_was_made_from(tmp_path, layout):
     assert differing(weights(pipe), weights(made(layout))) == set()
     assert pipe.schedule.config.prediction_type == ("v_prediction" if layout == "sd21" else "epsilon")
     assert not any(p.requires_grad for p in pipe.named().values())
+
+
+@every_layout
+def test_a_single_file_is_planned_by_its_configuration(tmp_path, layout):
+    """Every parameter by its name, and the sizes of latents and images, as of the model once loaded."""
+    file = original.save(tmp_path / "model.safetensors", layout, random(layout))
+    settings(tmp_path / "model", layout)
+    found, pipe = plan.size(identify(str(file))), made(layout)
+    assert found
+    assert found.shapes == {name: tuple(p.shape) for name, p in pipe.named().items()}
+    assert (found.latent, found.image) == (pipe.latent_shape[1:], (32, 32))
+    assert found.seconds > 0
 
 
 def test_a_single_file_is_its_content_and_its_configuration(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fixtures import planning
 from fixtures.claims import blank, measured
 from fixtures.lab import Lab
 from fixtures.options import CLAIMS, Cell
 from fixtures.planning import Noting, Rehearsal
-from harness import catalogue, jobfiles, jobs, plan
+from harness import catalogue, devices, jobfiles, jobs, pipeline, plan
 from harness.__main__ import main
 from harness.candidate import Candidate
 from harness.engine import Engine
@@ -178,6 +180,27 @@ def test_sizes_are_read_off_the_files(tiny_folder, pipe):
     assert plan.size(Base("d", "nobody/knows-it")) is None
 
 
+def test_what_is_not_loaded_is_not_counted(tiny_folder, pipe, tmp_path):
+    """A folder often holds a safety checker, larger than the text encoder, which a pipeline here does without."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "safety_checker").mkdir()
+    save_file({"vision_model.weight": torch.zeros(100, 100)}, folder / "safety_checker" / "model.safetensors")
+    found, without = (plan.size(Base("d", str(place))) for place in (folder, tiny_folder))
+    assert found == without
+    assert found
+    assert found.parameters("all") == sum(p.numel() for p in pipe.named().values())
+
+
+def test_what_cannot_be_estimated_is_a_dash(tmp_path):
+    """Passes and images are counted all the same; no minutes, disk and memory are not zero."""
+    task, noting = tiny.task(), Noting(Store(tmp_path))
+    noting.images(Lineage(Base("d", "nobody/knows-it"), task), (ImageSet(("a x",), (1,)), task.sampler))
+    _, _, tree, total, note, *_ = planning.lines(noting, 1)
+    for line in (tree, total):
+        assert line.split()[-5:] == ["1", str(2 * task.sampler.steps), "-", "-", "-"]
+    assert "minutes at -, as disk and memory: the model's files are not here" in note
+
+
 @pytest.mark.parametrize("name", ["dimum", "uce", "lora"])
 def test_the_disk_is_about_what_a_checkpoint_takes(name, tiny_folder, base, tmp_path):
     """Weights or adapter, and Adam's two moments: within a tenth, besides what a header and a record take."""
@@ -209,6 +232,7 @@ def test_the_command_line_shows_it_and_makes_nothing(tmp_path):
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
     files = sorted((tmp_path / "jobs").iterdir())
     assert f"{len(files)} jobs in" in found.stdout
+    assert "their models compute in float32, wherever that is; so must the run that measures (RESURGENCE_DTYPE" in found.stdout
     assert {json.loads(path.read_text())["kind"] for path in files} == {"checkpoints", "images"}
 
 
@@ -310,6 +334,28 @@ def test_a_model_that_changed_is_refused(base, tmp_path):
     job = Job(Lineage(base, TASK, (candidate,)))
     with pytest.raises(StoreError, match="is not the model that the job was written for"):
         jobfiles.parse(jobfiles.describe(job))
+
+
+@pytest.mark.parametrize(("there", "here"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_job_computes_in_what_its_plan_said(base, tmp_path, monkeypatch, there, here):
+    """Planned on a login node, done where another precision is usual: the address is the plan's, and so are the bits."""
+    wanted = ImageSet(("a x",), (1,)), TASK.sampler
+    monkeypatch.setenv(devices.DTYPE, there)
+    job = Job(Lineage(pipeline.identify(base.source), TASK), wanted)
+    planned, made = Store(tmp_path / "there"), Store(tmp_path / "here")
+    Engine(planned).make(job)
+    monkeypatch.setenv(devices.DTYPE, here)
+    assert jobfiles.make([json.dumps(jobfiles.describe(job))], made) == {}
+    pictures = [Engine(store).read_images(store.folder(*job.place)) for store in (planned, made)]
+    assert torch.equal(*pictures)
+    assert not torch.equal(pictures[0], Engine(made).read_images(Engine(made).make(Job(Lineage(pipeline.identify(base.source), TASK), wanted))))
+
+
+def test_a_job_in_a_precision_that_nobody_knows_is_refused(base, tmp_path):
+    """Another version's, say: computed in float32 it would lie at a wrong address."""
+    job = Job(Lineage(Base(f"{base.digest}+float8", base.source), TASK, (uce.Method(),)))
+    with pytest.raises(SpecError, match=r"unknown precision in the address of .* 'float8'; allowed: bfloat16, float32"):
+        jobfiles.make([json.dumps(jobfiles.describe(job))], Store(tmp_path))
 
 
 def test_the_command_line_of_run(base, tmp_path, capsys):

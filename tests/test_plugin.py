@@ -442,3 +442,13 @@ def test_a_plan_needs_no_workers():
     option = SimpleNamespace(dist="load", tx=["popen"] * 2, numprocesses=2, plan=True, jobs=None)
     pytest_cmdline_main(SimpleNamespace(option=option))
     assert (option.dist, option.tx, option.numprocesses) == ("no", [], 0)
+
+
+@pytest.mark.parametrize(("model", "code"), [(("--model", "elsewhere/model"), 4), ((), 12)], ids=["brought", "shipped"])
+def test_more_workers_than_gpus_start_no_run_of_a_large_model(gate, monkeypatch, model, code):
+    """Refused in a sentence before any worker starts; the model that ships is small enough to share a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    found, verdict, result = gate("-n", "2", "--method", "uce", "-k", "Tildeth", *model)
+    assert found == code
+    assert (verdict is None) == bool(model)
+    result.stderr.fnmatch_lines(["*2 workers, each with the whole model, and 1 GPU (0); start at most -n 1*"] if model else [])

@@ -1,4 +1,4 @@
-"""Parts of the bench that run single stages of the pocket model in this process, without tests around them."""
+"""Parts of the bench that run the pocket model in this process, without tests around it: single stages, and drawing alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from harness.engine import Engine
 
 GRID = (50, 100, 200, 300)
+SAMPLING, KEPT = (3, 4, 5, 6, 8), 0.97  # sampling steps to try, and the share of images that must show whom they are of
 
 
 def root() -> Lineage:
@@ -88,6 +89,38 @@ def costs(base: Lineage, stages: dict[str, Any], folder: Path, steps: int | None
         values: tuple[Any, ...] = (name, getattr(lineage.stages[-1], "steps", "-"), seconds, passes, planned.passes, planned.seconds, images)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return {"methods": len(rows), "rows": rows}
+
+
+def sampling(bench: Bench) -> dict[str, Any]:
+    """How often the pocket model draws whom it is asked for, by sampling steps: every person of the task, two images a prompt."""
+    from harness.detection.classifier import Detector
+
+    base = root()
+    grid, rounds = ((1, 2), 1) if bench.quick else (SAMPLING, 2)
+    return accuracies(base, Detector(base.task.detector["folder"]), grid, rounds, bench.folder / "sampling")
+
+
+def accuracies(base: Lineage, detector: Any, grid: tuple[int, ...], rounds: int, folder: Path) -> dict[str, Any]:
+    """Share of images of the erased and the retained concepts in which the detector sees them, from the same noise at each number of steps."""
+    from harness import measurement, stats
+
+    worker, task, rows = engine(folder), base.task, []
+    worker.load(base)
+    for steps in sorted({*grid, task.sampler.steps}):
+        started, hits = time.perf_counter(), list[bool]()
+        for asked in (task.erased, task.retained):
+            wanted = measurement.round_images(asked, range(rounds), 0), dataclasses.replace(task.sampler, steps=steps)
+            labels = [concept for concept in asked.concepts for _ in asked.asking(concept)]
+            hits += measurement.hits(worker, base, wanted, detector, labels).flatten().tolist()
+        seconds, (share, low, high, _) = time.perf_counter() - started, stats.clopper_pearson(sum(hits), len(hits), 0.05)
+        values = (steps, len(hits), share, low, high, seconds)
+        rows.append(dict(zip(("steps", "images", "base accuracy", "low", "high", "seconds"), values, strict=True)))
+    return {
+        f"the fewest steps that keep {KEPT:g}": min((row["steps"] for row in rows if row["base accuracy"] >= KEPT), default=None),
+        "the task's steps": task.sampler.steps,
+        "base accuracy at the task's steps": next(row["base accuracy"] for row in rows if row["steps"] == task.sampler.steps),
+        "rows": rows,
+    }
 
 
 COLUMNS = ("method", "steps", "seconds", "passes", "passes planned", "seconds planned", "images before")

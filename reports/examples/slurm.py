@@ -4,6 +4,7 @@
     python slurm.py /shared/jobs --store /shared/store --workers 8 --minutes 240 --partition gpu
     pytest suites/celebrity --model ... --method ... --store /shared/store -n 4
 
+All three must compute in the same precision: where the first runs without a GPU, set RESURGENCE_DTYPE (bfloat16 or float32) for the first and the last.
 A worker takes what no other is making. One that is killed, or runs out of time, loses the stage it was at; the same command again does
 what is left. Needs `pip install submitit`; `--cluster local` tries it on this machine.
 """
