@@ -182,9 +182,7 @@ class Cut(Scene):
         return Rate.of(0, 200, 0.05), Rate.of(0, 200, 0.05)
 
 
-@pytest.mark.parametrize(
-    "about_it", [*EVERY, about("withstands-prompts"), about("instruments"), about("forgotten"), about("retained")], ids=lambda cell: cell.claim
-)
+@pytest.mark.parametrize("about_it", [*EVERY, *map(about, ("withstands-prompts", "instruments", "forgotten", "retained"))], ids=lambda cell: cell.claim)
 def test_a_claim_says_what_was_cut(about_it: Cell) -> None:
     """Whatever is claimed of images says once how many of their prompts the model did not read to the end."""
     assert told(Cut(good, control=False), about_it).reason.count("2 of 3 were cut") == 1

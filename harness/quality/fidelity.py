@@ -50,7 +50,8 @@ def fidelity(images: Sets, reference: Sets | Path | list[Path], says: str, backb
     FID is biased by the number of images: compare figures of equal counts only. Its spread, and sFID's, is the standard error by leaving
     out one tenth of `images` after the other (Tukey's jackknife), where there are enough.
     """
-    files = _files(reference) if isinstance(reference, Path) else reference if isinstance(reference, list) else None
+    if isinstance(reference, Path):
+        reference = _files(reference)
     layers = [backbone.layer, backbone.spatial]
     cuda = torch.cuda.is_available()
     path = None if weights is None else str(weights)
@@ -60,9 +61,9 @@ def fidelity(images: Sets, reference: Sets | Path | list[Path], says: str, backb
         return get_featuresdict_from_dataset(pictures, extractor, batch, cuda, True, False)
 
     mine, size = _together(images, look)
-    other = _together(reference, look)[0] if files is None else look(_cut(files, size))
+    other = look(_cut(reference, size)) if isinstance(reference, list) else _together(reference, look)[0]
     count, against = len(mine[layers[0]]), len(other[layers[0]])
-    cut = "" if files is None else CUT
+    cut = CUT if isinstance(reference, list) else ""
 
     def figure(name: str, value: float, layer: str, spread: float | None = None) -> Figure:
         conditions = (f"{backbone.says}, layer {layer}", mine[layer].shape[1], f"{against} images: {says}", count, cut + backbone.resize)
