@@ -6,7 +6,7 @@ gradient: as the one is used up, the other grows, so the larger of the two is he
 
 Left out, because it passes within one layer: what a layer computes with. Of a loss that takes several passes before it looks
 back, one is counted. Micro-batches and recomputation make it less. An allocator that keeps what is freed makes it more: glibc's up to
-a quarter, by itself.
+a third, by itself.
 """
 
 from __future__ import annotations

@@ -77,6 +77,8 @@ def size(base: Base) -> Size | None:
             shapes = single_file.shapes(folder, kind.encoders)
         else:
             shapes = dict(_shapes(folder, kind.components))
+            if not any(name.startswith("unet.") for name in shapes):  # weights in another format, or not here
+                return None
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = folder / "vae" / "config.json"
         scale = 2 ** (len(json.loads(vae.read_text(encoding="utf-8"))["block_out_channels"]) - 1) if vae.is_file() else 1

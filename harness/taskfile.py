@@ -12,7 +12,7 @@ from harness.errors import SpecError, unknown
 from harness.spec import BLOCKS, Group, Quality, Sampler, Task, Tolerance, Verbatim, canonical
 
 GROUPS = ("erased", "anchor", "retain", "retained")
-PICTURES = (".png", ".jpg", ".jpeg")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tiff")
 
 
 def read(path: Path) -> Task:
@@ -42,7 +42,7 @@ def prompts_in(file: str, source: str) -> tuple[str, ...]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """PNG and JPEG files of a folder and its subfolders, in the order of their names."""
+    """The pictures in a folder and its subfolders, in the order of their names."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
 
 

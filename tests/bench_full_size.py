@@ -5,7 +5,7 @@
 The UNet has SD 1.4's own configuration, 860 M parameters, and random weights; the text encoder and the autoencoder are small, but of its
 widths (77 positions of 768, latents 4x64x64). Each case runs in a process of its own, as the engine runs it, at batch 1; those that
 learn take two steps, since the first one's forward pass comes before Adam has moments. The memory is the process's largest, less
-what its libraries take, with a C library that gives back what is freed: left to itself glibc keeps up to a quarter more than
+what its libraries take, with a C library that gives back what is freed: left to itself glibc keeps up to a third more than
 what is in use (lora 6.73 GB, esd 6.23). What sampling adds to time is left out.
 
 On two slow threads: uce 3.67 GB, planned 3.53 (.96); esd 5.62 GB, planned 5.84 (1.04); lora 5.19 GB, planned 5.32 (1.03).

@@ -350,3 +350,14 @@ def test_a_hub_id_is_a_candidate_on_the_command_line(tmp_path: Path, monkeypatch
     files, address = controller.subjects("owner/name@1")
     assert address == "owner/name@c0ffee"
     assert "unet/diffusion_pytorch_model.safetensors" in files
+
+
+def test_a_candidates_card_may_change(tmp_path: Path) -> None:
+    """The report's address of a folder is the one under which it was measured, with a card in it or without."""
+    from fixtures import controller
+
+    folder = tiny.save(tmp_path / "model")
+    (folder / "card.json").write_text("{}")
+    files, address = controller.subjects(str(folder))
+    assert address == pipeline.folder_digest(folder)
+    assert "card.json" not in files

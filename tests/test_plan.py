@@ -180,6 +180,12 @@ def test_sizes_are_read_off_the_files(tiny_folder, pipe):
     assert plan.size(Base("d", "nobody/knows-it")) is None
 
 
+def test_a_model_without_readable_weights_has_no_size(tiny_folder, tmp_path):
+    """Configurations alone, as where weights are pickles, are no model of no size."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    assert plan.size(Base("d", str(folder))) is None
+
+
 def test_what_is_not_loaded_is_not_counted(tiny_folder, pipe, tmp_path):
     """A folder often holds a safety checker, larger than the text encoder, which a pipeline here does without."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))

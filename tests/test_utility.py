@@ -73,7 +73,7 @@ def test_quality_that_stays_holds(told: Any) -> None:
     assert found.base["value"] == 3.0
     for part in ("FID 4 ± 2", "sFID 77 ± 5", "backbone eyes", "80 features", "40 images", "reference: 40 images: ours", "resize: none"):
         assert part in found.reason
-    assert found.detector == "FID: eyes, layer pool; none"
+    assert found.detector == "FID: eyes, layer pool; none; reference: 40 images: ours"
 
 
 def test_quality_that_is_gone_is_broken(told: Any) -> None:

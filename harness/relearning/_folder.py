@@ -13,8 +13,7 @@ from torch import Tensor
 from harness import pocket
 from harness.errors import SpecError, StoreError
 from harness.spec import Group, key, sha256
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tiff")
+from harness.taskfile import PICTURES, pictures_in
 
 
 def find(source: str) -> Path:
@@ -29,22 +28,17 @@ def find(source: str) -> Path:
 def digest(source: str) -> str:
     """Digest of the pictures' names and bytes."""
     folder = find(source)
-    found = [[path.relative_to(folder).as_posix(), sha256(path)] for path in pictures(folder)]
+    found = [[path.relative_to(folder).as_posix(), sha256(path)] for path in pictures_in(folder)]
     if not found:
-        raise SpecError(f"'{source}' holds no pictures ({', '.join(SUFFIXES)}) in sub-folders named as the concepts")
+        raise SpecError(f"'{source}' holds no pictures ({', '.join(PICTURES)}) in sub-folders named as the concepts")
     return key(found)
-
-
-def pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and below it, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def read(source: str, asked: Group, count: int, size: int) -> tuple[Tensor, tuple[str, ...]]:
     """The first `count` pictures of each concept, uint8 (n, 3, size, size), and their captions: the prompts in turn."""
     folder, images, captions = find(source), [], []
     for concept in asked.concepts:
-        found = [picture for path in pictures(folder / concept) for picture in _frames(path, size)][:count]
+        found = [picture for path in pictures_in(folder / concept) for picture in _frames(path, size)][:count]
         if len(found) < count:
             raise SpecError(f"'{source}' holds {len(found)} pictures of '{concept}', the attack asks for {count}; add some or lower images_per_concept")
         prompts = asked.asking(concept)

@@ -43,6 +43,10 @@ class Drawn:
         """The same for every image."""
         return torch.tensor([[0.6, 0.4]] * len(wanted[0].prompts))
 
+    def cut(self, lineage: Lineage, wanted: tuple[ImageSet, Any]) -> str:
+        """Every prompt was read whole."""
+        return ""
+
 
 @pytest.mark.parametrize(("rule", "count"), [("top-1", 0), ("top-2", 40), ("threshold-0.4", 40), ("threshold-0.5", 0)])
 def test_the_rule_decides_what_counts(rule: str, count: int) -> None:
