@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from harness import pipeline, sampling
+from harness import jobs, pipeline, sampling
 from harness.engine import Engine
-from harness.errors import PreconditionError, StoreError
+from harness.errors import PreconditionError, SpecError, StoreError
 from harness.finetuning import full, lora
 from harness.pipeline import denoise
 from harness.spec import Base, Group, ImageSet, Lineage, Sampler
@@ -491,3 +491,13 @@ def test_a_stage_gets_the_images_it_asks_for_from_the_base_model(root, engine):
     wanted = (ImageSet.of(Group(("f", "g"), ("a {}", "the {}")), 1, 0), TASK.sampler)
     folders = [path.name for path in (engine.store.root / "images").iterdir()]
     assert folders == [Engine(engine.store).images(root, wanted).name]
+
+
+def test_a_stage_that_learns_from_images_and_hides_their_sampler_is_refused(base):
+    """Its address would be that of a model made from other images."""
+
+    class Forgetful(lora.Finetune):
+        reads: ClassVar[tuple[str, ...]] = ("finetune",)
+
+    with pytest.raises(SpecError, match="add 'sampler' to `reads`"):
+        jobs.needed(Lineage(base, tiny.task(), (Forgetful(),)))
