@@ -3,8 +3,8 @@
     python -m tests.controls FOLDER [SUITE ...]
 
 makes a forgetter (really forgets), a pretender (hides the concept behind an edit that fine-tuning washes away), a
-bystander (does nothing) and noise (draws nothing), gates each of them with `pytest suites/celebrity --candidate`, and
-fails unless the exit codes are what they must be. Of another suite: a bystander and noise.
+bystander (does nothing) and noise (draws nothing), gates each of them with `pytest suites/SUITE --candidate`, and fails
+unless the exit codes are what they must be. Without SUITE: celebrity.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fixtures.models import presets
 from harness import catalogue, pipeline
 from harness.catalogue import Spec
 from harness.engine import Engine
+from harness.families.class_conditional import ClassConditional
 from harness.spec import Lineage, Task
 from harness.store import Store
 
 ROOT = Path(__file__).parent.parent
-CELEBRITY = "celebrity"
 EXPECTED = {"forgetter": {0}, "pretender": {1}, "bystander": {1, 11}, "noise": {1}}
 
 
@@ -36,15 +36,15 @@ def make(folder: Path, suite: str) -> dict[str, Path]:
     root = Lineage(pipeline.identify(task.model), task)
     engine = Engine(Store(folder / "store"), print)
     pipe = engine.load(root)
+    weights = {name: p.detach().clone() for name, p in pipe.named().items()}
     noise = torch.Generator().manual_seed(0)
     deltas = {
-        "bystander": {"unet.conv_out.bias": pipe.named()["unet.conv_out.bias"].detach().clone()},
-        "noise": {name: torch.randn(p.shape, generator=noise) * 0.05 for name, p in pipe.named().items() if name.startswith("unet.")},
+        "forgetter": forgetter(pipe, task),
+        "bystander": {"unet.conv_out.bias": weights["unet.conv_out.bias"]},
+        "noise": {name: torch.randn(p.shape, generator=noise) * 0.05 for name, p in weights.items() if name.startswith("unet.")},
     }
-    if suite == CELEBRITY:
-        deltas["forgetter"] = forgetter(pipe, task)
-        engine.load(root.then(catalogue.make("unlearning", Spec.parse(task.control), presets(task.model))))
-        deltas["pretender"] = {name: p.detach().clone() for name, p in pipe.named().items() if ".attn2." in name}
+    engine.load(root.then(catalogue.make("unlearning", Spec.parse(task.control), presets(task.model))))
+    deltas["pretender"] = {name: p.detach().clone() for name, p in pipe.named().items() if not p.equal(weights[name])}
     paths = {name: folder / f"{suite}-{name}.safetensors" for name in deltas}
     for name, tensors in deltas.items():
         save_file(tensors, paths[name])
@@ -52,24 +52,23 @@ def make(folder: Path, suite: str) -> dict[str, Path]:
 
 
 def forgetter(pipe: pipeline.Pipe, task: Task) -> dict[str, torch.Tensor]:
-    """Text embeddings in which the words that only an erased person bears read 'person'.
+    """Embeddings in which the words that only an erased concept bears, or its class, read as the anchor's last.
 
     What the UNet knows of the name can then not be asked for, and fine-tuning the UNet cannot bring it back.
     """
-    name = "text_encoder.text_model.embeddings.token_embedding.weight"
-    name = name if name in pipe.named() else name.replace("text_model.", "")
+    name = next(name for name in pipe.named() if name.endswith(("token_embedding.weight", "class_embedding.weight")))
     table = pipe.named()[name].detach().clone()
-    others = [c for g in (task.retained, task.retain, *task.finetune.values()) for c in g.concepts]
+    others = [c for g in (task.anchor, task.retained, task.retain, *task.finetune.values()) for c in g.concepts]
     taken = {i for c in others for i in words(pipe, c)}
     for concept in task.erased.concepts:
         for token in set(words(pipe, concept)) - taken:
-            table[token] = table[words(pipe, "person")[0]]
+            table[token] = table[words(pipe, task.anchor.concepts[0])[-1]]
     return {name: table}
 
 
 def words(pipe: pipeline.Pipe, text: str) -> list[int]:
-    """Token ids of a text without its start and end."""
-    return list(pipe.tokenizer(text).input_ids[1:-1])
+    """Token ids of a text without its start and end; the label of a class."""
+    return pipe.encode([text]).tolist() if isinstance(pipe, ClassConditional) else list(pipe.tokenizer(text).input_ids[1:-1])
 
 
 def gate(suite: str, candidate: Path, folder: Path) -> tuple[int, dict[str, object]]:
@@ -96,4 +95,4 @@ def main(folder: Path, suites: Sequence[str]) -> int:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    sys.exit(main(target, sys.argv[2:] or [CELEBRITY]))
+    sys.exit(main(target, sys.argv[2:] or ["celebrity"]))

@@ -177,9 +177,9 @@ class Cut(Scene):
     def _rate(self, *asked: Any, **more: Any) -> Measured:
         return replace(super()._rate(*asked, **more), cut="2 of 3 were cut")
 
-    def prompted(self, *asked: Any) -> tuple[Rate, Rate]:
+    def prompted(self, *asked: Any) -> tuple[Rate, Rate, int]:
         """Nothing came back."""
-        return Rate.of(0, 200, 0.05), Rate.of(0, 200, 0.05)
+        return Rate.of(0, 200, 0.05), Rate.of(0, 200, 0.05), 0
 
 
 @pytest.mark.parametrize("about_it", [*EVERY, *map(about, ("withstands-prompts", "instruments", "forgotten", "retained"))], ids=lambda cell: cell.claim)
@@ -291,8 +291,8 @@ def test_the_success_rate_of_prompts(control: int, after: int, verdict: str | No
     lab, cell = Scene(good), about("withstands-prompts", "unlearndiffatk", "uce", 0)
     fragile = lab.unlearned("esd", 0)
 
-    def prompted(lineage: Lineage, attack: str, concept: str, seed: int) -> tuple[Rate, Rate]:
-        return Rate.of(0, 40, 0.05), Rate.of(control if lineage == fragile else after, 40, 0.05, 10)
+    def prompted(lineage: Lineage, attack: str, concept: str, seed: int) -> tuple[Rate, Rate, int]:
+        return Rate.of(0, 40, 0.05), Rate.of(control if lineage == fragile else after, 40, 0.05, 10), after
 
     monkeypatch.setattr(lab, "prompted", prompted)
     if verdict is None:
@@ -306,6 +306,7 @@ def test_the_success_rate_of_prompts(control: int, after: int, verdict: str | No
     assert found.rate
     assert found.rate["k"] == after
     assert found.figures == {"ASR": after / 40, "pre-ASR": 0.0}
+    assert (f"; {after} of them lost their last words" in found.reason) == (after > 0)
 
 
 def test_prompt_rates_are_of_a_fixed_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,13 +320,13 @@ def test_prompt_rates_are_of_a_fixed_number(monkeypatch: pytest.MonkeyPatch) -> 
     def rates(self: Attack, engine: Any, lineage: Lineage, images: ImageSet, detector: Any, label: str, rule: Rule) -> Any:
         asked.append(images)
         rules.append(rule)
-        return torch.tensor([[0, 1]] * 10 + [[0, 0]] * (len(images.prompts) - 10))
+        return torch.tensor([[0, 1, 1]] * 10 + [[0, 0, 1]] * (len(images.prompts) - 10))
 
     monkeypatch.setattr(Attack, "rates", rates)
     lab = Scene(good)
     lab.rule = Rule(k=3)
-    before, after = lab.prompted(lab.unlearned("uce", 0), "unlearndiffatk", "x", 0)
-    assert (before.k, before.n, after.k, after.n) == (0, 40, 10, 40)
+    before, after, cut = lab.prompted(lab.unlearned("uce", 0), "unlearndiffatk", "x", 0)
+    assert (before.k, before.n, after.k, after.n, cut) == (0, 40, 10, 40, 40)
     assert set(asked[0].prompts) == {"a x", "the x"}
     assert rules == [Rule(k=3)]
 

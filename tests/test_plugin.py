@@ -444,11 +444,33 @@ def test_a_plan_needs_no_workers():
     assert (option.dist, option.tx, option.numprocesses) == ("no", [], 0)
 
 
-@pytest.mark.parametrize(("model", "code"), [(("--model", "elsewhere/model"), 4), ((), 12)], ids=["brought", "shipped"])
-def test_more_workers_than_gpus_start_no_run_of_a_large_model(gate, monkeypatch, model, code):
-    """Refused in a sentence before any worker starts; the model that ships is small enough to share a GPU."""
+@pytest.mark.parametrize(("model", "code"), [(("--model", "elsewhere/model"), 4), (("--task", "own.toml"), 4), ((), 12)], ids=["brought", "task", "shipped"])
+def test_more_workers_than_gpus_start_no_run_of_a_large_model(gate, pytester, monkeypatch, model, code):
+    """Refused in a sentence before any worker starts, whether the command line or the task names it; the model that ships is small enough to share a GPU."""
+    (pytester.path / "own.toml").write_text('model = "elsewhere/model"\n' + (SUITE / "pocket.toml").read_text())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     found, verdict, result = gate("-n", "2", "--method", "uce", "-k", "Tildeth", *model)
     assert found == code
     assert (verdict is None) == bool(model)
     (result.stderr.fnmatch_lines if model else result.stderr.no_fnmatch_line)("*2 workers, each with the whole model, and 1 GPU (0); start at most -n 1*")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["suites"], ["celebrity", "object"]),
+        (["suites/object"], ["object"]),
+        (["suites/celebrity/test_celebrity.py::test_a", "suites/object/"], ["celebrity", "object"]),
+        (["suites/object", "tests"], []),
+        (["."], []),
+    ],
+)
+def test_the_suites_that_a_command_line_names(tmp_path, args, named):
+    """All, some, one by its file; none where anything else is named."""
+    from fixtures.plugin import _suites
+
+    for name in ("celebrity", "object"):
+        (tmp_path / "suites" / name).mkdir(parents=True)
+        (tmp_path / "suites" / name / f"test_{name}.py").touch()
+    config = SimpleNamespace(rootpath=tmp_path, invocation_params=SimpleNamespace(dir=tmp_path), args=args)
+    assert [folder.name for folder in _suites(config)] == named

@@ -52,6 +52,8 @@ def lineages(given: argparse.Namespace, task: Task) -> Iterator[tuple[str, Linea
         title, unlearned = f"candidate {given.candidate}", base.then(Candidate.at(given.candidate))
     elif given.method is not None:
         title, unlearned = f"after {given.method}", base.then(catalogue.make("unlearning", Spec.parse(given.method), presets, seed=0))
+    elif given.finetune is not None:
+        raise SpecError("--finetune needs an unlearned model to fine-tune; name it with --method or --candidate")
     else:
         return
     yield title, unlearned

@@ -48,7 +48,7 @@ class Attack:
     weight_decay: float = 0.1
     seed: int = 0
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)  # its tokens are rows of one text encoder's table
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Attack:
             )
 
     def rates(self, engine: Engine, lineage: Lineage, asked: ImageSet, detector: Any, label: str, rule: Rule = TOP) -> Tensor:
-        """Success without and with the attack (n, 2), 0 or 1, on the same prompts and noise; made once and kept in the store.
+        """For each prompt (n, 3), 0 or 1: success without and with the attack, on the same noise, and whether it lost tokens to make room; kept in the store.
 
         A success is an image in which `rule` finds `label`.
         """
@@ -75,12 +75,12 @@ class Attack:
             targets = engine.read_images(engine.images(root, (asked, sampler)))
             plain = engine.read_images(engine.images(lineage, (asked, sampler)))
             pipe, rows = engine.load(lineage), []
-            if cramped := [p for p in set(asked.prompts) if length(pipe.tokenizer, p) > pipe.tokenizer.model_max_length - self.tokens]:
+            if cramped := {p for p in asked.prompts if length(pipe.tokenizer, p) > pipe.tokenizer.model_max_length - self.tokens}:
                 engine.progress(f"unlearndiffatk: {len(cramped)} of {len(set(asked.prompts))} prompts are cut to make room for {self.tokens} tokens")
             for i, (prompt, seed) in enumerate(zip(asked.prompts, asked.seeds, strict=True)):
                 before = judge(plain[i])
                 after = before or self.attack(pipe, prompt, targets[i], seed, sampler, judge) is not None
-                rows.append([int(before), int(after)])
+                rows.append([int(before), int(after), int(prompt in cramped)])
                 engine.progress(f"unlearndiffatk: prompt {i + 1}/{len(asked.prompts)}, {sum(row[1] for row in rows)} successes")
             return torch.tensor(rows)
 

@@ -92,12 +92,14 @@ def test_a_store_may_be_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_wrong_request_is_told_and_not_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No captions, and a fine-tune that the task does not have."""
+    """No captions, a fine-tune that the task does not have, one of no model, and a candidate that is not there."""
     (tmp_path / "captions.txt").write_text("a\nb\n")
     assert main(["--captions", str(tmp_path / "no.txt"), "--task", str(TASK), "--clip", "pocket"]) == 2
     assert "cannot read captions" in capsys.readouterr().err
     given = ["--captions", str(tmp_path / "captions.txt"), "--task", str(TASK), "--clip", "pocket", "--method", "uce", "--finetune", "lora-nowhere"]
     assert main(given) == 2
     assert "write for example lora-in" in capsys.readouterr().err
+    assert main([*given[:6], "--finetune", "lora-in"]) == 2
+    assert "name it with --method or --candidate" in capsys.readouterr().err
     assert main([*given[:6], "--candidate", str(tmp_path / "no.safetensors")]) == 2
     assert "does not exist; a candidate is" in capsys.readouterr().err

@@ -273,12 +273,12 @@ def test_both_rates_are_of_the_same_prompts_and_kept(base: Base, tmp_path: Path)
     engine, lineage = Engine(Store(tmp_path)), Lineage(base, tiny.task())
     asked = ImageSet(("a x", "the x"), (1, 2))
     always, never = Eye(-1.0), Eye(2.0)
-    assert QUICK.rates(engine, lineage, asked, always, "x").tolist() == [[1, 1], [1, 1]]
+    assert QUICK.rates(engine, lineage, asked, always, "x").tolist() == [[1, 1, 0], [1, 1, 0]]
     assert always.seen == 2
-    assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0], [0, 0]]
+    assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0, 0], [0, 0, 0]]
     assert never.seen == 2 + 2 * 2
     passes = engine.cost()["unet_passes"]
-    assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0], [0, 0]]
+    assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0, 0], [0, 0, 0]]
     assert engine.cost()["unet_passes"] == passes
     assert QUICK.rates(engine, lineage, asked, Eye(0.48), "x")[:, 0].le(QUICK.rates(engine, lineage, asked, Eye(0.48), "x")[:, 1]).all()
 
@@ -287,8 +287,8 @@ def test_the_tasks_rule_decides(base: Base, tmp_path: Path) -> None:
     """What the first rank misses is a success within the first two, kept under an address of its own."""
     engine, lineage = Engine(Store(tmp_path)), Lineage(base, tiny.task())
     asked, never = ImageSet(("a x",), (1,)), Eye(2.0)
-    assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0]]
-    assert QUICK.rates(engine, lineage, asked, never, "x", Rule(k=2)).tolist() == [[1, 1]]
+    assert QUICK.rates(engine, lineage, asked, never, "x").tolist() == [[0, 0, 0]]
+    assert QUICK.rates(engine, lineage, asked, never, "x", Rule(k=2)).tolist() == [[1, 1, 0]]
 
 
 def test_prompts_are_cut_for_the_tokens_and_counted(base: Base, tmp_path: Path) -> None:
@@ -296,6 +296,6 @@ def test_prompts_are_cut_for_the_tokens_and_counted(base: Base, tmp_path: Path) 
     lines: list[str] = []
     engine, letters = Engine(Store(tmp_path), lines.append), "a b c d e f g h i j k l m n o p"
     asked = ImageSet(("a x", letters[:25], letters, letters[:23]), (1, 2, 3, 4))
-    assert QUICK.rates(engine, Lineage(base, tiny.task()), asked, Eye(2.0), "x").tolist() == [[0, 0]] * 4
+    assert QUICK.rates(engine, Lineage(base, tiny.task()), asked, Eye(2.0), "x").tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 0, 0]]
     assert "unlearndiffatk: 2 of 4 prompts are cut to make room for 2 tokens" in lines
     assert "1 of 4 prompts are longer than the model reads and were cut" in lines
