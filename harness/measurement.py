@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,8 @@ def measure(
     """Feed `gate` with whole rounds, one new image per prompt of `asked`, until it has stopped.
 
     A hit is an image in which `rule` finds the concept that was asked for (by default as its most probable label), or
-    `looked_for` where that is given. A detector's own `figures(scores, wanted)`, and the share that `rule` finds to show
-    `instead` where the detector knows it, are taken of the same images. Image r of a prompt has the same noise under every
+    `looked_for` where that is given. A detector's own `figures(scores, wanted)`, and the share that shows `instead` where the
+    detector knows it, as its most probable label if `rule` goes by ranks, are taken of the same images. Image r of a prompt has the same noise under every
     model, so models are compared pair by pair.
     """
     concepts = [c for c in asked.concepts for _ in asked.prompts]
@@ -82,7 +82,7 @@ def measure(
     scores = torch.cat(counted)
     figures = detector.figures(scores, index.repeat(len(counted))) if hasattr(detector, "figures") else {}
     known = instead.casefold() in {label.casefold() for label in detector.labels}
-    share = float(rule.hits(scores, places(detector, [instead] * len(scores))).double().mean()) if known else None
+    share = float(replace(rule, k=1).hits(scores, places(detector, [instead] * len(scores))).double().mean()) if known else None
     return Measured(gate.rate, gate.verdict, first, evidence(gate), dict(seen), figures, share, engine.cut(lineage, first))
 
 
@@ -119,7 +119,7 @@ def round_images(asked: Group, rounds: range, seed: int) -> ImageSet:
     return ImageSet(prompts * len(rounds), tuple(seed_of("image", seed, p, r) for r in rounds for p in prompts))
 
 
-def held_out_loss(engine: Engine, lineage: Lineage, data: Group, draws: int = 4, least: int = 30) -> Tensor:
+def held_out_loss(engine: Engine, lineage: Lineage, data: Group, draws: int = 4, *, least: int) -> Tensor:
     """Diffusion loss (images,) on images of the base model that no fine-tune sees: as many of each prompt of `data` as make `least` in all.
 
     Timesteps and noise are the same for every lineage, so two results can be subtracted image by image.

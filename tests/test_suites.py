@@ -216,6 +216,22 @@ def test_a_method_that_cannot_serve_a_task_stops_no_other() -> None:
         lab.require(lab.lineage(dimum))
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_no_shipped_task_names_a_method_that_cannot_serve_it(name: str) -> None:
+    """By default and in smoke, the control among them: a gate whose own methods are refused could never be green."""
+    from fixtures.models import Models
+
+    found = task(name)
+    models = Models.__new__(Models)
+    models.options, models.task, models._memory, models.presets = parsed("--no-control"), found, {}, {}
+    models.base = Lineage(Base("digest", "pocket-ddpm" if found.suite == "cifar10" else "pocket"), found)
+    models.engine = SimpleNamespace(build=lambda lineages: {})  # type: ignore[assignment]
+    cells = [Cell("forgotten", method, None, 0, found.erased.concepts[0]) for method in {found.control, *found.methods, *found.smoke}]
+    models.prepare(cells)
+    for cell in cells:
+        models.require(models.lineage(cell))
+
+
 # --- published lists --------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,9 @@ def mtcnn(device: torch.device) -> Finder:
 
 
 class Detector:
-    """Softmax over the celebrities for each face; of several faces, each label keeps its highest probability.
+    """Softmax over the celebrities for each face, divided by the face's highest: 1 is said of whoever some face is named as.
+
+    Of several faces each label keeps its best, so a bystander who is recognised with more certainty hides nobody; a threshold would mean nothing.
 
     An image without a face is `none` with probability 1, so it counts as not drawn. MACE's own accuracy drops such images from the
     denominator, which rewards destroying faces; `figures` gives it beside the share of images without a face.
@@ -64,7 +66,7 @@ class Detector:
     cluster taken, but all are looked at; nothing is dropped.
     """
 
-    version = 1
+    version, several = 2, True
 
     def __init__(self, folder: str, finder: Finder | None = None) -> None:
         path = Path(folder)
@@ -83,7 +85,7 @@ class Detector:
         self.description = f"GIPHY celebrity detector, {len(config['labels'])} people, weights {self.address[:12]}, {_eyes.UNTESTED}"
 
     def __call__(self, images: Tensor, batch: int = 16) -> Tensor:
-        """Probabilities (n, labels) for images (n, 3, h, w) in [0, 1]."""
+        """Scores in [0, 1] (n, labels) for images (n, 3, h, w) in [0, 1]."""
         return torch.cat([self._named(chunk) for chunk in images.split(batch)])
 
     def _named(self, images: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ class Detector:
         for row, image, boxes in zip(rows, images, self.find(images), strict=True):
             crops = [crop for box in boxes if (crop := self._crop(image, box)) is not None]
             if crops:
-                row[:-1] = _eyes.seen(lambda faces: self.model(faces).softmax(dim=1), torch.stack(crops), 16, self.device).amax(dim=0)
+                named = _eyes.seen(lambda faces: self.model(faces).softmax(dim=1), torch.stack(crops), 16, self.device)
+                row[:-1] = (named / named.amax(dim=1, keepdim=True)).amax(dim=0)
             else:
                 row[-1] = 1
         return rows
@@ -110,5 +113,5 @@ class Detector:
     def figures(self, scores: Tensor, wanted: Tensor) -> dict[str, float]:
         """How many images show no face, and MACE's rate, which drops them (nan where all do)."""
         faces = scores[:, -1] < 1
-        hits = scores.argmax(dim=1) == wanted
+        hits = scores.gather(1, wanted[:, None])[:, 0] == 1
         return {"images without a face": float((~faces).float().mean()), "MACE's rate, which drops them": float(hits[faces].float().mean())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,19 +276,34 @@ def test_a_face_is_cut_out_with_its_margin(celebrities: Path) -> None:
 
 
 def test_of_several_faces_each_label_keeps_its_best(celebrities: Path) -> None:
-    """Two faces in one image: label by label the higher of what each has alone; no face at all is none."""
+    """Two faces in one image: label by label the higher of what each has alone, 1 for whoever a face is named as; no face at all is none."""
     both = [(0.0, 0.0, 20.0, 20.0), (30.0, 30.0, 60.0, 60.0)]
     image = noise()
     rows = [catalogue.find("detection", "gcd")(str(celebrities), lambda images, b=b: [b])(image)[0] for b in ([both[0]], [both[1]], both, [])]
     assert torch.allclose(rows[2], torch.maximum(rows[0], rows[1]), atol=1e-6)
     assert not torch.allclose(rows[0], rows[1])
     assert rows[3].tolist() == [0, 0, 0, 1]
+    assert [row.max() for row in rows] == [1] * 4
+
+
+def test_a_bystander_hides_nobody(celebrities: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One face is Ann's at .6 and one Bob's at .95: both are in the image, Cy is not, and MACE's rate counts both too; a threshold says nothing here."""
+    detector = catalogue.find("detection", "gcd")(str(celebrities), lambda images: [[(0.0, 0.0, 20.0, 20.0), (30.0, 30.0, 60.0, 60.0)]])
+    faces = torch.tensor([[0.6, 0.39, 0.01], [0.04, 0.95, 0.01]])
+    monkeypatch.setattr(detector, "model", lambda crops: faces.log())
+    row, rule = detector(noise()), eyes.Rule().fits(detector)
+    assert [int(rule.hits(row, torch.tensor([i]))) for i in range(4)] == [1, 1, 0, 0]
+    assert detector.figures(row, torch.tensor([0]))["MACE's rate, which drops them"] == 1
+    assert detector.figures(row, torch.tensor([2]))["MACE's rate, which drops them"] == 0
+    assert [int(replace(rule, k=3).hits(row, torch.tensor([i]))) for i in range(4)] == [1, 1, 1, 0]
+    with pytest.raises(SpecError, match=r"whom it names first, so 'threshold-0.6' means nothing; name a rank, such as top-1"):
+        eyes.Rule.parse("threshold-0.6").fits(detector)
 
 
 def test_maces_rate_drops_images_without_a_face_and_the_gates_does_not(celebrities: Path) -> None:
     """Four images, Ann wanted: seen in one, another in one, no face in two. MACE says 1/2, the gate 1/4, and half show no face."""
     detector = catalogue.find("detection", "gcd")(str(celebrities), eyes.faces)
-    scores = torch.tensor([[0.9, 0.1, 0, 0], [0.1, 0.9, 0, 0], [0, 0, 0, 1.0], [0, 0, 0, 1.0]])
+    scores = torch.tensor([[1.0, 0.1, 0, 0], [0.1, 1.0, 0, 0], [0, 0, 0, 1.0], [0, 0, 0, 1.0]])
     figures = detector.figures(scores, torch.zeros(4, dtype=torch.long))
     assert list(figures.values()) == [0.5, 0.5]
     assert "images without a face" in figures

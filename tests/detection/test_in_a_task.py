@@ -59,6 +59,15 @@ def test_the_rule_decides_what_counts(rule: str, count: int) -> None:
     assert measured.figures == {"images": 40, "wanted": 1.0, "mean": pytest.approx(0.4)}
 
 
+def test_what_is_drawn_instead_is_the_likeliest_label_whatever_the_rank_of_the_concept() -> None:
+    """x is second in every image: a hit among the best two, and nothing that was drawn instead; by a threshold both may be true."""
+    shares = []
+    for rule, instead in (("top-2", "x"), ("top-2", "y"), ("threshold-0.4", "x")):
+        gate = Sequential(0.5, "below", 0.05, 1, 40, 200)
+        shares.append(measure(Drawn(), ROOT, ASKED, Eyes(), gate, rule=Rule.parse(rule), instead=instead).instead)  # type: ignore[arg-type]
+    assert shares == [0.0, 1.0, 1.0]
+
+
 def test_figures_are_taken_of_the_counted_images_only() -> None:
     """A gate that stops within a look: what lies behind it is in no figure."""
 
