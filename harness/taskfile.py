@@ -33,12 +33,19 @@ def prompts_in(file: str, source: str) -> tuple[str, ...]:
         raise SpecError(f"this task is measured on prompts that are not shipped: put them at {path}, a CSV file with a column 'prompt' ({source})")
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+            rows = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise SpecError(f"'{path}' is no readable CSV file: {error}") from error
-    if not rows or "prompt" not in rows[0]:
-        raise SpecError(f"'{path}' needs a column 'prompt' and at least one row; it has {', '.join(rows[0]) if rows else 'no rows'}")
-    return tuple(dict.fromkeys((row["prompt"] or "").strip() for row in rows))
+    while rows and not "".join(rows[-1][1]).strip():  # what a spreadsheet leaves below its table
+        rows.pop()
+    head = rows[0][1] if rows else []
+    if "prompt" not in head or not rows[1:]:
+        raise SpecError(f"'{path}' needs a column 'prompt' and at least one row below its name; it has {', '.join(head) or 'no rows'}")
+    column = head.index("prompt")
+    prompts = {number: "".join(row[column : column + 1]).strip() for number, row in rows[1:]}
+    if blank := [number for number, prompt in prompts.items() if not prompt]:
+        raise SpecError(f"'{path}' has no prompt in row {blank[0]}; every row must have one: write it there, or delete the row")
+    return tuple(dict.fromkeys(prompts.values()))
 
 
 def pictures_in(folder: Path) -> list[Path]:
