@@ -96,7 +96,7 @@ def test_the_pocket_model_knows_all_that_its_tasks_name(name: str) -> None:
     assert {concept for group in groups for concept in group.concepts} <= pocket.names()
     eyes = {"pocket": pocket.labels(), "pocket-style": [s["name"] for s in pocket.vocabulary()["concepts"]["styles"]]}
     names = found.detector.get("names", {})
-    looked_for = [names.get(concept, concept) for concept in (*found.erased.concepts, *found.retained.concepts)]  # type: ignore[attr-defined]
+    looked_for = [names.get(concept, concept) for concept in (*found.erased.concepts, *found.retained.concepts)]
     assert set(looked_for) <= set(eyes[found.detector["folder"]])
 
 
