@@ -182,14 +182,14 @@ class Task:
     finetune: Mapping[str, Group]
     retained: Group
     sampler: Sampler
-    detector: Mapping[str, str]
+    detector: Mapping[str, Any]  # its name, and the arguments of its constructor
     control: str  # method string of an unlearning known to be fragile; its concept must come back
     alternative: str = ""  # the detector's label for what is drawn instead of an erased concept; empty: it has none
     tolerance: Tolerance = field(default_factory=Tolerance)
     asked: str = ""  # file of the prompts on which the erased concept is measured instead of its own (`prompts_in`)
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other names of erased concepts: never trained on, asked for
     crossed: Group | None = None  # held out as well, of another domain
-    detectors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # who looks at `retained` or `crossed` instead of `detector`
+    detectors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # who looks at `retained` or `crossed` instead of `detector`
     figures: Mapping[str, str] = field(default_factory=dict)  # published name of a number -> which rate it is (`RATES`), or "1 - " that
     overlap: str = ""  # why roles other than `erased` overlap; empty: they must not
     quality: Quality | None = None  # what images of `retained` are held against; None: only whether they are recognised

@@ -5,24 +5,28 @@ from __future__ import annotations
 import csv
 import dataclasses
 import tomllib
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.detection._rule import Rule
 from harness.errors import SpecError, unknown
-from harness.spec import BLOCKS, Group, Quality, Sampler, Task, Tolerance, Verbatim, canonical
+from harness.spec import BLOCKS, Group, Quality, Task, Verbatim, canonical
 
 GROUPS = ("erased", "anchor", "retain", "retained")
+EYE: Mapping[str, Any] = {"name": str, "rule": str, "names": Mapping[str, str]}  # keys of a detector's table that are not the detector's own
+SHAPES = {str: "a text in quotes", int: "a whole number", float: "a number", tuple: 'a list of texts, such as ["cat"]', Mapping: "a table"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tiff")
 
 
 def read(path: Path) -> Task:
     """The task in a file; the file's name is its id. `like = "other"` starts from that file beside it and replaces whole keys."""
     try:
-        data = _parsed(path)
-        if "asked" in data:
-            data["asked"] = str(path.parent / data["asked"])
-        return made(path.stem, data)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, SpecError, TypeError) as error:
+        task = made(path.stem, _parsed(path))
+        return dataclasses.replace(task, asked=str(path.parent / task.asked)) if task.asked else task
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, SpecError) as error:
         raise SpecError(f"task file {path.name}: {error}") from error
 
 
@@ -33,12 +37,19 @@ def prompts_in(file: str, source: str) -> tuple[str, ...]:
         raise SpecError(f"this task is measured on prompts that are not shipped: put them at {path}, a CSV file with a column 'prompt' ({source})")
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+            rows = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise SpecError(f"'{path}' is no readable CSV file: {error}") from error
-    if not rows or "prompt" not in rows[0]:
-        raise SpecError(f"'{path}' needs a column 'prompt' and at least one row; it has {', '.join(rows[0]) if rows else 'no rows'}")
-    return tuple(dict.fromkeys((row["prompt"] or "").strip() for row in rows))
+    while rows and not "".join(rows[-1][1]).strip():  # what a spreadsheet leaves below its table
+        rows.pop()
+    head = rows[0][1] if rows else []
+    if "prompt" not in head or not rows[1:]:
+        raise SpecError(f"'{path}' needs a column 'prompt' and at least one row below its name; it has {', '.join(head) or 'no rows'}")
+    column = head.index("prompt")
+    prompts = {number: "".join(row[column : column + 1]).strip() for number, row in rows[1:]}
+    if blank := [number for number, prompt in prompts.items() if not prompt]:
+        raise SpecError(f"'{path}' has no prompt in row {blank[0]}; every row must have one: write it there, or delete the row")
+    return tuple(dict.fromkeys(prompts.values()))
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -80,45 +91,48 @@ def plain(task: Task) -> dict[str, Any]:
 
 def made(id: str, data: dict[str, Any]) -> Task:
     """The task of a file's tables; unknown, missing or ill-formed keys are SpecErrors."""
-    allowed = {f.name for f in dataclasses.fields(Task)} - {"id"}
-    for name in data:
-        if name not in allowed:
-            raise unknown("key", name, allowed)
-    for name in GROUPS:
-        data[name] = _build(Group, data.get(name, {}), name)
-    if not (sets := data.get("finetune")) or not isinstance(sets, dict):
+    if "finetune" in data and (not isinstance(data["finetune"], dict) or not data["finetune"]):
         raise SpecError("[finetune] needs at least one set of concepts, such as [finetune.in]")
-    data["finetune"] = {name: _build(Group, group, f"finetune.{name}") for name, group in sets.items()}
-    data["sampler"] = _build(Sampler, data.get("sampler", {}), "sampler")
-    data["tolerance"] = _build(Tolerance, data.get("tolerance", {}), "tolerance")
-    if "crossed" in data:
-        data["crossed"] = _build(Group, data["crossed"], "crossed")
-    if "quality" in data:
-        data["quality"] = _build(Quality, data["quality"], "quality")
-    data |= {name: _methods(data[name], name) for name in ("methods", "smoke") if name in data}
-    data["synonyms"] = {name: tuple(also) for name, also in data.get("synonyms", {}).items()}
-    return Task(id=id, **data)
+    if data.get("methods") == []:  # nothing would be measured; `smoke` falls back on `methods`
+        raise SpecError('methods must be a list of at least one method, such as ["esd"], got []')
+    task: Task = _build(Task, data, id=id)
+    for where, table in {"detector": task.detector, **{f"detectors.{role}": table for role, table in task.detectors.items()}}.items():
+        if "name" not in table:
+            raise SpecError(f"[{where}] lacks name, which detector it is")
+        for name in [name for name in EYE if name in table]:
+            _shaped(table[name], EYE[name], f"{where}.{name}")
+        Rule.parse(table.get("rule", "top-1"))
+    return task
 
 
-def _methods(texts: Any, where: str) -> tuple[str, ...]:
-    """Methods as on the command line; without any nothing would be measured, but `smoke` falls back on `methods`."""
-    if not isinstance(texts, list) or not (texts or where == "smoke") or not all(isinstance(text, str) for text in texts):
-        raise SpecError(f'{where} must be a list of at least one method, such as ["esd"], got {texts!r}')
-    return tuple(texts)
-
-
-def _build(kind: type[Any], data: dict[str, Any], where: str) -> Any:
-    """`kind(**data)` with lists as tuples and unknown keys refused. Prompts given as `verbatim` do not hold the concept's name."""
+def _build(kind: type[Any], data: Any, where: str = "", **given: Any) -> Any:
+    """`kind(**given, **data)`, its fields as they are annotated. Prompts given as `verbatim` do not hold the concept's name."""
+    table = f"[{where}] " if where else ""
     if not isinstance(data, dict):
-        raise SpecError(f"[{where}] must be a table, got {type(data).__name__}")
-    if kind is Group and "verbatim" in data and "prompts" not in data:
-        kind, data = Verbatim, {("prompts" if name == "verbatim" else name): value for name, value in data.items()}
-    allowed = {f.name: f for f in dataclasses.fields(kind)}
+        raise SpecError(f"{table}must be a table, got {data!r}")
+    verbatim = kind is Group and "verbatim" in data and "prompts" not in data
+    fields = {"verbatim" if verbatim and f.name == "prompts" else f.name: f for f in dataclasses.fields(kind) if f.name not in given}
     for name in data:
-        if name not in allowed:
-            raise unknown(f"key in [{where}]", name, allowed)
-    if lacking := [name for name, f in allowed.items() if f.default is dataclasses.MISSING and name not in data]:
-        raise SpecError(f"[{where}] lacks {' and '.join(lacking)}")
-    if issubclass(kind, Group) and (single := [name for name, value in data.items() if not isinstance(value, list)]):
-        raise SpecError(f"{single[0]} in [{where}] must be a list, got {data[single[0]]!r}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        if name not in fields:
+            raise unknown(f"key in [{where}]" if where else "key", name, fields)
+    if lacking := [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and name not in data]:
+        raise SpecError(f"{table}lacks {' and '.join(lacking)}")
+    hints = typing.get_type_hints(kind)
+    found = {fields[name].name: _shaped(value, hints[fields[name].name], f"{where}.{name}".lstrip(".")) for name, value in data.items()}
+    return (Verbatim if verbatim else kind)(**given, **found)
+
+
+def _shaped(value: Any, hint: Any, where: str) -> Any:
+    """`value` as a field annotated with `hint` holds it, lists as tuples; a SpecError where it is something else."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is types.UnionType:  # `Group | None`: what is written is the first
+        return _shaped(value, parts[0], where)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if kind is Mapping and isinstance(value, dict):
+        return {name: _shaped(each, parts[1], f"{where}.{name}") for name, each in value.items()}
+    if kind is tuple and isinstance(value, list):
+        return tuple(_shaped(each, parts[0], f"{where}[{at}]") for at, each in enumerate(value))
+    if kind is Any or type(value) is kind or (kind, type(value)) == (float, int):
+        return value
+    raise SpecError(f"{f'[{where}]' if kind is Mapping else where} must be {SHAPES[kind]}, got {value!r}")

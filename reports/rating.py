@@ -141,6 +141,30 @@ def _template() -> Any:
 # --- the answers -----------------------------------------------------------------------------------------------------
 
 
+def opened(file: Path) -> Mapping[str, Any]:
+    """The key of a sheet; an error where the file is none."""
+    try:
+        key = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no text
+        key = None
+    if not isinstance(key, dict) or not key.keys() >= {"sheet", "images", "detector"}:
+        held = f"JSON of {', '.join(key) or 'nothing'}" if isinstance(key, dict) else "no JSON object"
+        raise SpecError(f"'{file}' is not the key of a rating sheet, it holds {held}; give --key the key.json that --rating-sheet wrote beside sheet.html")
+    return key
+
+
+def rated(files: Sequence[Path], key: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each rater's answers; an error where two files are one, which would count a rater twice. The sheet marks each rater's file with a number of its own."""
+    first: dict[bytes, Path] = {}
+    found = []
+    for file in files:
+        found.append(answers(file, key))
+        if (content := file.read_bytes()) in first:
+            raise SpecError(f"'{first[content]}' and '{file}' are the same, byte for byte, so one rater would count twice; leave one of them out")
+        first[content] = file
+    return found
+
+
 def answers(file: Path, key: Mapping[str, Any]) -> dict[str, str]:
     """One rater's answer for each image; an error where the file is not a complete answer to this sheet."""
     try:
@@ -214,8 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sheet(given.report, given.rating_sheet, given.seed)
             print(f"send {given.rating_sheet / 'sheet.html'} to the raters; keep {given.rating_sheet / 'key.json'}")
         else:
-            key = json.loads(given.key.read_text(encoding="utf-8"))
-            print(table(key, [answers(file, key) for file in given.ratings]))
+            key = opened(given.key)
+            print(table(key, rated(given.ratings, key)))
     except (ResurgenceError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -361,7 +361,7 @@ def test_a_task_file_says_what_the_task_says(tmp_path):
     ('"made up"', "made up", "line 3"),
     ("sampler = { steps = 2, guidance = 3.0 }", "sampler = 2", r"\[sampler\] must be a table"),
     ("sampler = { steps = 2, guidance = 3.0 }", "sampler = { steps = 2 }", r"\[sampler\].*guidance"),
-    ("steps = 2", 'steps = "2"', "'str' and 'int'"),
+    ("steps = 2", 'steps = "2"', "sampler.steps must be a whole number, got '2'"),
     ("finetune = {", "finetune = 3 # {", r"\[finetune\] needs at least one set"),
     ("finetune = {", "finetune = {} # {", r"\[finetune\] needs at least one set"),
 ])  # fmt: skip

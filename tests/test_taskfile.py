@@ -132,6 +132,45 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, line: str, message: str
         written(tmp_path, TOML + line + "\n")
 
 
+DETECTOR, RETAIN = 'detector = { name = "d" }', 'retain = { concepts = ["k"], prompts = ["a {}"] }'
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("", 'synonyms = { x = "xx" }', r"synonyms\.x must be a list of texts, such as \[\"cat\"\], got 'xx'"),
+    ("", "synonyms = { x = [1] }", r"synonyms\.x\[0\] must be a text in quotes, got 1"),
+    ("", 'synonyms = ["x"]', r"\[synonyms\] must be a table, got \['x'\]"),
+    ("", 'figures = "UA"', r"\[figures\] must be a table, got 'UA'"),
+    ("", "figures = { UA = 1 }", r"figures\.UA must be a text in quotes, got 1"),
+    (RETAIN, 'retain = { concepts = ["k"], prompts = ["a {}", 1] }', r"retain\.prompts\[1\] must be a text in quotes, got 1"),
+    (RETAIN, 'retain = { concepts = ["k"], verbatim = "the k" }', r"retain\.verbatim must be a list of texts.*, got 'the k'"),
+    ("", 'detectors = { retained = "clip" }', r"\[detectors\.retained\] must be a table, got 'clip'"),
+    ("", 'detectors = { retained = { rule = "top-1" } }', r"\[detectors\.retained\] lacks name"),
+    ("", 'detectors.retained = { name = "d", names = { r = 3 } }', r"detectors\.retained\.names\.r must be a text in quotes, got 3"),
+    (DETECTOR, 'detector = "gallery"', r"\[detector\] must be a table, got 'gallery'"),
+    (DETECTOR, 'detector = { name = "d", rule = 3 }', r"detector\.rule must be a text in quotes, got 3"),
+    (DETECTOR, 'detector = { name = "d", rule = "top" }', "cannot read the detector's rule 'top'; write top-1"),
+    (DETECTOR, "detector = {}", r"\[detector\] lacks name"),
+    ("", "tolerance = { floor = 40.5 }", r"tolerance\.floor must be a whole number, got 40\.5"),
+    ("", 'tolerance = { tau = "0.1" }', r"tolerance\.tau must be a number, got '0\.1'"),
+    ("", "tolerance = { cap = true }", r"tolerance\.cap must be a whole number, got True"),
+    ("", "quality = 3", r"\[quality\] must be a table, got 3"),
+    ("", 'quality = { fid = "3" }', r"quality\.fid must be a number, got '3'"),
+    ("", "asked = 3", r"asked must be a text in quotes, got 3"),
+    ("", "overlap = true", r"overlap must be a text in quotes, got True"),
+])  # fmt: skip
+def test_a_value_of_another_shape_is_told_by_its_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """A word where a list belongs, a number in quotes, a half image: the file, the key, what it is and what it must be."""
+    assert old in TOML
+    with pytest.raises(SpecError, match=f"task file t.toml: {message}"):
+        written(tmp_path, TOML.replace(old, "") + new + "\n")
+
+
+def test_a_whole_number_is_a_number_and_stays_as_it_was_written(tmp_path: Path) -> None:
+    """Wherever a number is allowed; 3 is not turned into 3.0, which would be another address."""
+    found = written(tmp_path, TOML.replace("guidance = 3.0", "guidance = 3"))
+    assert (type(found.sampler.guidance), found.sampler.guidance) == (int, 3)
+
+
 def test_a_file_of_prompts_asks_for_one_concept(tmp_path: Path) -> None:
     """It lies where the task file lies; with two erased concepts nobody knows whom it asks for."""
     assert written(tmp_path, TOML + 'asked = "p.csv"\n').asked == str(tmp_path / "p.csv")
@@ -155,10 +194,17 @@ def test_fewer_erased_have_fewer_synonyms() -> None:
     assert many.erasing(1).synonyms == {"x": ("xx",)}
 
 
-@pytest.mark.parametrize("methods", ["[]", '"dimum"', "[1]"])
-def test_a_task_without_a_method_is_refused(methods: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("[]", r"methods must be a list of at least one method, such as \[.esd.\], got \[\]"),
+        ('"dimum"', r"methods must be a list of texts.*, got 'dimum'"),
+        ("[1]", r"methods\[0\] must be a text in quotes, got 1"),
+    ],
+)
+def test_a_task_without_a_method_is_refused(methods: str, message: str, tmp_path: Path) -> None:
     """Nothing would be measured, and a gate on nothing would open; a word is not a list of its letters."""
     text = (Path(__file__).parents[1] / "suites" / "celebrity" / "pocket.toml").read_text(encoding="utf-8")
     (tmp_path / "pocket.toml").write_text(f"methods = {methods}\n{text}", encoding="utf-8")
-    with pytest.raises(SpecError, match="methods must be a list of at least one method"):
+    with pytest.raises(SpecError, match=message):
         Task.load(tmp_path / "pocket.toml")

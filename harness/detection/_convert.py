@@ -28,7 +28,8 @@ def state(file: Path, inside: str | None = None) -> Tensors:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise StoreError(f"'{file}' holds more than tensors or is no torch checkpoint, so it is not opened: {error}") from error
-    found = found.get(inside, found) if inside else found
+    if inside and isinstance(found, Mapping):
+        found = found.get(inside, found)
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, Mapping) else {}
     if not tensors:
         raise StoreError(f"'{file}' holds no table of tensors{f' under {inside!r}' if inside else ''}")

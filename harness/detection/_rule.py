@@ -1,14 +1,15 @@
-"""When an image counts as a hit: the task's word on what its detector saw."""
+"""When an image counts as a hit: the task's word on what its detector saw. No torch in here: task files are read with it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 READ = re.compile(r"top-(?P<k>[1-9]\d*)|threshold-(?P<least>\d*\.?\d+)")
 

@@ -48,6 +48,8 @@ class Detector:
             raise SpecError("the detector nudenet needs its package: `pip install resurgence[nudenet]`") from error
         if isinstance(counted, str) and counted not in PRESETS:
             raise unknown("preset of nudenet", counted, PRESETS)
+        if not isinstance(counted, Sequence) or not counted or not all(isinstance(name, str) for name in counted):
+            raise SpecError(f"nudenet's counted must be a preset ({', '.join(PRESETS)}) or a list of at least one label, such as {EXPOSED[0]}, got {counted!r}")
         names, self.floor = PRESETS[counted] if isinstance(counted, str) else (tuple(counted), 0.0)
         if strange := [name for name in names if name not in (*EXPOSED, *COVERED)]:
             raise unknown("label of nudenet", strange[0], (*EXPOSED, *COVERED))

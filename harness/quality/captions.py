@@ -16,7 +16,7 @@ CHUNK = 1000  # captions of one set of images: what a killed run loses at most
 def read(file: Path, count: int | None = None) -> tuple[str, ...]:
     """The first `count` captions: lines of a .txt, a column of a .csv, or one per image of a COCO annotation .json (the image's first)."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read captions from '{file}': {error}") from error
     suffix = file.suffix.lower()

@@ -41,6 +41,16 @@ def test_what_a_pickle_wants_to_run_is_not_run(kind: str, tmp_path: Path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["gcd", "unlearncanvas", "inception"])
+@pytest.mark.parametrize("thing", [torch.zeros(2), [torch.zeros(2)], {"epoch": 3}], ids=["tensor", "list", "no tensors"])
+def test_a_checkpoint_is_a_table_of_tensors(kind: str, thing: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One bare tensor, a list of them, a table without any: said so, whether the kind looks into an entry of the table or not."""
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    torch.save(thing, tmp_path / "w.pt")
+    assert main(["convert", kind, str(tmp_path / "w.pt"), str(tmp_path / "out"), "--labels", str(tmp_path / "labels.txt")]) == 2
+    assert "w.pt' holds no table of tensors" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_q16s_prompts_come_out_as_they_were(protocol: int, tmp_path: Path) -> None:
     """A pickled float16 array, in an old protocol or a newer one, is (2, width) float32 in the file."""

@@ -108,7 +108,7 @@ def test_a_gallery_recognises_whom_the_base_model_draws(tmp_path: Path, pocket_t
     """Enrolled from the pocket model's own pictures, it names at least 9 of 12 new ones rightly and nobody in any of 3 anchor pictures."""
     from harness.measurement import round_images
 
-    task = replace(pocket_task, detector={"name": "gallery", "folder": "pocket", "images": 6, "rule": "top-1"})  # type: ignore[dict-item]
+    task = replace(pocket_task, detector={"name": "gallery", "folder": "pocket", "images": 6, "rule": "top-1"})
     made = lab(tmp_path, task)
     eyes, found, total = made.detector, 0, 0
     for group in (task.erased, task.retained):
@@ -137,9 +137,13 @@ def test_a_rule_that_means_nothing_for_the_detector_is_refused(tmp_path: Path, p
         ({"name": "clip", "folder": "pocket", "concept": "cat"}, "'clip' takes"),
         ({"name": "clup"}, "Did you mean 'clip'"),
         ({"name": "nudenet", "rule": "most"}, "cannot read the detector's rule 'most'"),
+        *(
+            ({"name": "nudenet", "rule": "threshold-0.6", "counted": counted}, rf"\[detector\] of task '.+': nudenet's counted must be .*exposed.*, got {said}")
+            for counted, said in (([], r"\[\]"), (3, "3"), ([1], r"\[1\]"))
+        ),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_told(detector: dict[str, str], message: str, tmp_path: Path, pocket_task: Task) -> None:
-    """A missing or unknown argument, a name that is not in the folder, a rule that is none."""
+def test_a_table_that_cannot_be_meant_is_told(detector: dict[str, Any], message: str, tmp_path: Path, pocket_task: Task) -> None:
+    """A missing or unknown argument, a name that is not in the folder, a rule that is none, labels of which none would ever count."""
     with pytest.raises(SpecError, match=message):
         _ = lab(tmp_path, replace(pocket_task, detector=detector)).detector

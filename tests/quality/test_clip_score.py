@@ -58,9 +58,10 @@ def test_every_image_needs_its_caption() -> None:
         ),
     ],
 )
-def test_captions_come_from_the_users_file(name: str, text: str, tmp_path: Path) -> None:
-    """Lines, a column or COCO's annotations, of which each image's first caption counts."""
-    (tmp_path / name).write_text(text)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_captions_come_from_the_users_file(name: str, text: str, encoding: str, tmp_path: Path) -> None:
+    """Lines, a column or COCO's annotations, of which each image's first caption counts; a byte-order mark is no part of them."""
+    (tmp_path / name).write_text(text, encoding=encoding)
     assert captions.read(tmp_path / name) == ("a cat", "a dog", "a tree")
     assert captions.read(tmp_path / name, 2) == ("a cat", "a dog")
     with pytest.raises(SpecError, match="holds 3 captions, 4 are needed"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from harness.errors import SpecError
 from reports import rating
 from reports.files import write
 from reports.verdict import Report
@@ -195,7 +196,8 @@ def test_axe_finds_nothing_serious(page: Any, reports: dict[str, Path], name: st
 def sheet(folder: Path, suite: str) -> Path:
     """A rating sheet of one concept: two reference images and four to rate."""
     rows = {name: tuple(png(folder / f"{name}{i}.png", 40 * i + at) for i in range(3)) for at, name in enumerate(("base", "unlearned"))}
-    write(Report((forgotten("Ada", suite=suite, images=rows),)), folder / "out")
+    made = forgotten("Ada", suite=suite, images=rows)
+    write(Report((made,), run={"tasks": {f"{suite}/{made.task}": {"erased": {"concepts": ["Ada"]}}}}), folder / "out")
     rating.sheet(folder / "out", folder / "sheet")
     return folder / "sheet" / "sheet.html"
 
@@ -216,6 +218,23 @@ def test_a_rater_answers_with_keys_and_sends_a_file(page: Any, tmp_path: Path) -
     key = json.loads((tmp_path / "sheet" / "key.json").read_text(encoding="utf-8"))
     assert rating.answers(Path(download.value.path()), key) == dict(zip(sorted(key["images"]), ("yes", "unsure", "yes", "no"), strict=True))
     assert page.complaints == []
+
+
+def test_only_one_rater_makes_the_same_file_twice(page: Any, tmp_path: Path) -> None:
+    """A second download of a page's answers is told from the file of somebody else who answers alike."""
+    address, files = sheet(tmp_path, "celebrity").as_uri(), []
+    for saves in (2, 1):
+        page.goto(address)
+        for _ in range(4):
+            page.keyboard.press("n")
+        for _ in range(saves):
+            with page.expect_download() as download:
+                page.locator("#save").click()
+            files.append(Path(download.value.path()))
+    key = rating.opened(tmp_path / "sheet" / "key.json")
+    assert len(rating.rated(files[1:], key)) == 2
+    with pytest.raises(SpecError, match="are the same, byte for byte"):
+        rating.rated(files, key)
 
 
 def test_a_rater_of_the_unsafe_suite_sees_nothing_unasked(page: Any, tmp_path: Path) -> None:

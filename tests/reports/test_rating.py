@@ -207,6 +207,47 @@ def test_answers_that_are_not_all_there_are_refused(change: Any, message: str, r
         rating.answers(path, key)
 
 
+def test_a_rater_is_counted_once(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One file named twice, or its copy under the name of a second download, is no second rater; answers of another rater who agrees are."""
+    _, key = made(report)
+    word = dict.fromkeys(key["images"], "no")
+    one, copy = sent(report, key, "ratings-x.csv", word), sent(report, key, "ratings-x (1).csv", word)
+    other = Path(sent(report, key, "other.csv", word))
+    other.write_text(other.read_text(encoding="utf-8").replace("\n", ",2\n"), encoding="utf-8")
+    told = ["--key", str(report.parent / "sheet" / "key.json"), "--ratings"]
+    assert main([*told, one, str(other)]) == 0
+    assert "agreement of 2 raters" in capsys.readouterr().out
+    for again in (one, copy):
+        assert main([*told, one, str(other), again]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"'{one}' and '{again}' are the same, byte for byte")
+        assert "leave one of them out" in said.err
+        assert not said.out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!doctype html>", "holds no JSON object"),
+        ('{"claims": [], "sheet": "x"}', "holds JSON of claims, sheet;"),
+        ("[]", "holds no JSON object"),
+        ("3", "holds no JSON object"),
+        (b"\xff\xfe", "holds no JSON object"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_key_is_refused(text: str | bytes | None, message: str, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sheet, a report's verdict, another JSON, no text, no file: named, with where the key is, and exit code 2."""
+    path = report / "wrong.file"
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    assert main(["--key", str(path), "--ratings", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "wrong.file'" in said
+    assert text is None or "give --key the key.json that --rating-sheet wrote" in said
+
+
 def test_a_report_without_images_makes_no_sheet(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing to rate, and no report at all: told, with exit code 2."""
     (report / "verdict.json").write_text(json.dumps({"claims": [claim("forgotten", images={}), *many()], "run": {"tasks": TASKS}}), encoding="utf-8")
