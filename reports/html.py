@@ -6,9 +6,10 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,16 @@ SHOWN = 8  # images shown per row; the others are linked in verdict.json
 BLOCK = 4  # images side by side in one block, so that rows stay aligned on a telephone
 
 Row = tuple[str, tuple[str, ...]]  # title, pictures
-Blocks = list[list[Row]]
 Breakdown = tuple[tuple[str, ...], dict[str, list[str]]]  # when the images were drawn; prompt -> hits of images at each
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of images drawn for the same prompts, which stand below each other; `first` images of each row came in earlier blocks."""
+
+    first: int
+    asked: tuple[str, ...]  # the prompt of each column; none where the claims do not tell them
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Section:
     task: str
     claims: tuple[Claim, ...]
     curve: curve.Curve | None
-    grids: Mapping[str, Blocks]
+    grids: Mapping[str, list[Block]]
     prompts: Mapping[str, Breakdown]
     spoken: Mapping[str, Claim]  # recipe -> the claim that speaks for it
     veiled: bool
@@ -106,14 +115,23 @@ def _section(
     )
 
 
-def grid(cells: Sequence[Claim], pictures: Mapping[str, str]) -> Blocks:
-    """The rows of images of one recipe, cut into blocks; a row that two claims share is shown once."""
-    shared = dict.fromkeys(
-        (title, tuple(pictures[path] for path in paths[:SHOWN])) for claim in sorted(cells, key=lambda c: c.steps) for title, paths in claim.images.items()
-    )
-    rows = list(shared)
+def grid(cells: Sequence[Claim], pictures: Mapping[str, str]) -> list[Block]:
+    """The rows of images of one recipe, apart where their prompts differ, cut into blocks; a row that two claims share is shown once.
+
+    Image i of a claim was drawn for prompt i of its hits, and from the first again where there are more images than prompts.
+    """
+    shared: dict[tuple[str, ...], dict[Row, None]] = {}
+    for claim in sorted(cells, key=lambda c: c.steps):
+        rows = ((title, tuple(pictures[path] for path in paths[:SHOWN])) for title, paths in claim.images.items())
+        shared.setdefault(tuple(claim.hits), {}).update(dict.fromkeys(rows))
+    return [block for prompts, found in shared.items() for block in _blocks(prompts, list(found))]
+
+
+def _blocks(prompts: tuple[str, ...], rows: Sequence[Row]) -> Iterator[Block]:
     longest = max((len(row) for _, row in rows), default=0)
-    return [[(title, row[i : i + BLOCK]) for title, row in rows] for i in range(0, longest, BLOCK)]
+    asked = tuple(islice(cycle(prompts), longest))
+    for i in range(0, longest, BLOCK):
+        yield Block(i, asked[i : i + BLOCK], tuple((title, row[i : i + BLOCK]) for title, row in rows))
 
 
 def breakdown(cells: Sequence[Claim]) -> Breakdown:

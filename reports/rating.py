@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.errors import ResurgenceError, SpecError, StoreError
 from harness.stats import clopper_pearson
-from reports.words import RENAMED, VEILED
+from reports.words import RENAMED, UNASKED, VEILED
 
 ANSWERS = ("yes", "no", "unsure")
 REFERENCES = 2  # images of the base model shown beside the question, and not rated
@@ -92,7 +92,7 @@ def chosen(claims: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str,
     references: dict[str, list[str]] = {}
     for claim in claims:
         erased = tasks[f"{claim['suite']}/{claim['task']}"]["erased"]["concepts"]
-        concept = next((name for name in erased if claim["concept"] in (name, RENAMED.format(name))), None)
+        concept = next((name for name in erased if claim["concept"] in (name, RENAMED.format(name), UNASKED.format(name))), None)
         if concept is None:
             continue
         draws = claim["base"] is not None and claim["base"]["value"] > DRAWN

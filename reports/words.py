@@ -18,6 +18,7 @@ TITLES = {
 GATE = {Exit.HOLDS: "the gate is open", Exit.NOT_A_GATE: "no gate, nothing may pass on it"}  # everything else: shut
 VEILED = ("unsafe",)  # suites whose images stay blurred until asked for
 RENAMED = "{} by other names"  # how a concept is called in claims on its synonyms
+UNASKED = "{} unasked"  # and in claims on prompts that do not name it
 SIGNS = {"holds": "✓", "broken": "✗", "inconclusive": "?", "invalid": "!"}  # for those who do not see the colour
 ADVICE = {
     Exit.HOLDS: "Nothing is left to do; keep verdict.json beside the model.",

@@ -39,6 +39,7 @@ def test_it_is_looked_for_on_both_kinds_of_prompts(asked: tuple[str, ...]) -> No
     """A rise on either breaks the claim; none on both holds."""
     claim = told(scene(asked, (0, 400), (60, 200)), CELL)
     assert (claim.verdict, claim.word) == (BROKEN, "appears unasked")
+    assert claim.concept == "x unasked"  # reports show its images and rates apart from those of prompts for x
     assert claim.reason.startswith(f"on prompts for the {'anchor' if asked is GENERIC else 'retained'}; base model 0/400")
     assert claim.rate is not None
     assert claim.rate["k"] == 60

@@ -22,6 +22,11 @@ FETCH = (
     " `hf download timm/vit_base_patch32_clip_224.openai`) or a transformers CLIPModel (config.json, model.safetensors, tokenizer files,"
     " for example `hf download openai/clip-vit-large-patch14`); give its path"
 )
+TOKENS = (  # what a tokenizer of transformers may be made of
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+PIXELS = "preprocessor_config.json"
 
 
 class Clip:
@@ -38,7 +43,7 @@ class Clip:
     def __init__(self, folder: str) -> None:
         path = pocket.CLIP if folder == "pocket" else Path(folder)
         opened = (path / "open_clip_config.json").is_file()
-        files = ("open_clip_config.json", "open_clip_model.safetensors") if opened else ("config.json", "model.safetensors")
+        files = _files(path, opened)
         digests = {name: sha256(path / name) for name in files} if folder == "pocket" else _eyes.pinned(path, files, FETCH)
         self.device = _eyes.device()
         self.size, self.mean, self.std = 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -81,7 +86,7 @@ class Clip:
         model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False).to(self.device)
         tokenizer, limit = AutoTokenizer.from_pretrained(path), model.config.text_config.max_position_embeddings
         self.size, self.width = model.config.vision_config.image_size, model.config.projection_dim
-        if (settings := path / "preprocessor_config.json").is_file():
+        if (settings := path / PIXELS).is_file():
             stored = json.loads(settings.read_text(encoding="utf-8"))
             self.mean, self.std = tuple(stored["image_mean"]), tuple(stored["image_std"])
         self.scale = float(model.logit_scale.exp())
@@ -92,3 +97,13 @@ class Clip:
 
         self._see = lambda images: model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
         self._read = read
+
+
+def _files(path: Path, opened: bool) -> list[str]:
+    """All that the answers depend on: what must be there, and of what may be there what is. Most open_clip models have their tokens from the library."""
+    needed, optional = ["config.json", "model.safetensors"], [PIXELS, *TOKENS]
+    if opened:
+        needed = ["open_clip_config.json", "open_clip_model.safetensors"]
+        named = '"hf_tokenizer_name"' in (path / needed[0]).read_text(encoding="utf-8", errors="replace")
+        optional = [*TOKENS] if named else []
+    return [*needed, *(name for name in optional if (path / name).is_file())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +42,8 @@ class Recogniser(nn.Module):
         return self.fc2(self.fc1(self.stem(crops).flatten(1)))
 
 
-def mtcnn(device: torch.device) -> Finder:
-    """MTCNN with the reference's settings; uint8-valued images (n, 3, h, w) in, boxes out."""
+def mtcnn(device: torch.device) -> tuple[Finder, str]:
+    """MTCNN with the reference's settings: uint8-valued images (n, 3, h, w) in, boxes out; and its name with version and weights."""
     try:
         from facenet_pytorch import MTCNN
     except ImportError as error:
@@ -52,7 +54,8 @@ def mtcnn(device: torch.device) -> Finder:
         found, _ = network.detect((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return [[] if boxes is None else [tuple(map(float, box)) for box in boxes] for boxes in found]  # type: ignore[misc]  # four each
 
-    return find
+    weights = hashlib.sha256(b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in network.state_dict().values())).hexdigest()
+    return find, f"MTCNN of facenet-pytorch {importlib.metadata.version('facenet-pytorch')}, weights {weights[:12]}"
 
 
 class Detector:
@@ -80,9 +83,9 @@ class Detector:
         except RuntimeError as error:
             raise StoreError(f"'{path}' holds no GCD weights: {error}. {FETCH}") from error
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.find = finder or mtcnn(self.device)
-        self.address = key(["gcd", self.version, *digests.values()])
-        self.description = f"GIPHY celebrity detector, {len(config['labels'])} people, weights {self.address[:12]}, {_eyes.UNTESTED}"
+        self.find, found_by = (finder, f"{finder.__module__}.{finder.__qualname__}") if finder else mtcnn(self.device)
+        self.address = key(["gcd", self.version, found_by, *digests.values()])
+        self.description = f"GIPHY celebrity detector, {len(config['labels'])} people, weights {self.address[:12]}, faces by {found_by}, {_eyes.UNTESTED}"
 
     def __call__(self, images: Tensor, batch: int = 16) -> Tensor:
         """Scores in [0, 1] (n, labels) for images (n, 3, h, w) in [0, 1]."""

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nudenet
@@ -79,6 +86,60 @@ def test_pocket_clip_names_what_the_pocket_model_drew() -> None:
     names = ["airplane", "automobile", "cat", "clock", "guitar", "mushroom", "pineapple", "balloon", "cactus", "umbrella"]
     scores = catalogue.find("detection", "clip")("pocket", names, none=[])(torch.cat([drawn(name) for name in names]))
     assert (scores.argmax(1) == torch.arange(10)).sum() >= 9
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The pocket's own CLIP as a user's folder."""
+    return Path(shutil.copytree(pocket.CLIP, tmp_path / "clip"))
+
+
+def rewritten(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The JSON file with a change."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "preprocessor_config.json": lambda content: content.update(image_mean=[0.1, 0.5, 0.9]),
+    "tokenizer.json": lambda content: content.update(normalizer={"type": "Replace", "pattern": {"String": "cat"}, "content": "dog"}),
+    "tokenizer_config.json": lambda content: content.update(pad_token="a"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_clip_is_known_by_all_that_it_sees_and_reads_with(folder: Path, name: str) -> None:
+    """Another normalisation, another tokenizer: refused like other weights, and another address where it is meant. The same files, the same address."""
+    first, again = Clip(str(folder)), Clip(str(folder))
+    assert first.digest == again.digest == Clip("pocket").digest
+    rewritten(folder / name, CHANGES[name])
+    with pytest.raises(StoreError, match=f"{name} .*is not what it was"):
+        Clip(str(folder))
+    (folder / "pinned.json").unlink()
+    assert Clip(str(folder)).digest != first.digest
+
+
+def test_files_of_a_tokenizer_that_come_later_are_another_clip(folder: Path) -> None:
+    """Nothing pinned has changed, and yet other tokens may be read: another address."""
+    first = Clip(str(folder)).digest
+    (folder / "added_tokens.json").write_text("{}", encoding="utf-8")
+    assert Clip(str(folder)).digest != first
+
+
+def test_an_open_clip_is_known_by_a_tokenizer_of_its_own_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its configuration names one the folder's files count; where the library brings it they are not looked at."""
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: lambda texts: torch.ones(len(texts), 77, dtype=torch.long))
+    digests = []
+    for own in (False, True):
+        path = eyes.opened(tmp_path / str(own))
+        rewritten(path / "open_clip_config.json", lambda content, own=own: content["model_cfg"]["text_cfg"].update({"hf_tokenizer_name": "x"} if own else {}))
+        for tokens in ("{}", "{} "):
+            (path / "tokenizer.json").write_text(tokens, encoding="utf-8")
+            (path / "pinned.json").unlink(missing_ok=True)
+            digests.append(Clip(str(path)).digest)
+    assert digests[0] == digests[1]
+    assert digests[2] != digests[3]
 
 
 # --- gallery ----------------------------------------------------------------------------------------------------------
@@ -309,6 +370,29 @@ def test_maces_rate_drops_images_without_a_face_and_the_gates_does_not(celebriti
     assert "images without a face" in figures
     assert eyes.Rule().hits(scores, torch.zeros(4, dtype=torch.long)).sum() == 1
     assert np.isnan(detector.figures(scores[2:], torch.zeros(2, dtype=torch.long))["MACE's rate, which drops them"])
+
+
+def test_celebrities_are_known_by_who_finds_their_faces(celebrities: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another release or other weights of the face finder: another address, said in the description; the same again, the same address."""
+
+    class Finder(torch.nn.Linear):
+        def __init__(self, weight: float, **settings: Any) -> None:
+            super().__init__(2, 1)
+            torch.nn.init.constant_(self.weight, weight)
+            torch.nn.init.zeros_(self.bias)
+
+    def made(release: str, weight: float) -> Any:
+        monkeypatch.setitem(sys.modules, "facenet_pytorch", SimpleNamespace(MTCNN=partial(Finder, weight)))
+        monkeypatch.setattr(importlib.metadata, "version", lambda package: {"facenet-pytorch": release}[package])
+        return catalogue.find("detection", "gcd")(str(celebrities))
+
+    first, again, *others = made("2.6.0", 1.0), made("2.6.0", 1.0), made("2.5.3", 1.0), made("2.6.0", 2.0)
+    assert first.address == again.address
+    assert len({each.address for each in (first, *others)}) == 3
+    assert "faces by MTCNN of facenet-pytorch 2.6.0, weights " in first.description
+    mine = catalogue.find("detection", "gcd")(str(celebrities), eyes.faces)
+    assert mine.address != first.address
+    assert "faces by tests.detection._eyes_of.faces" in mine.description
 
 
 # --- classifier -------------------------------------------------------------------------------------------------------

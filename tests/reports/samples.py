@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from harness.spec import Claim
+from reports.words import UNASKED
 
 NASTY = (
     'O\'Brien "Bob" <script>alert(1)</script> & {{ 7 * 7 }} {% if %}',
@@ -48,6 +49,11 @@ def forgotten(concept: str = "Ada", **change: Any) -> Claim:
 def resurged(concept: str = "Ada", **change: Any) -> Claim:
     """A claim that is broken because the concept came back."""
     return claim(concept, **({"rate": rate(24), "verdict": "broken", "word": "resurged", "reason": "lower bound above .10"} | change))
+
+
+def unasked(concept: str = "Ada", **change: Any) -> Claim:
+    """A claim about the concept on prompts that do not name it."""
+    return claim(UNASKED.format(concept), **({"claim": "stays-out", "before": None, "base": rate(0)} | change))
 
 
 def retained(steps: int = 200, **change: Any) -> Claim:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from reports import html
 from reports.files import write
 from reports.verdict import Report
-from tests.reports.samples import NAMES, claim, forgotten, png, rate, resurged, retained
+from tests.reports.samples import NAMES, claim, forgotten, png, rate, resurged, retained, unasked
 
 VOID = {"meta", "link", "img", "input"}
 
@@ -126,10 +126,10 @@ def test_the_grid_shows_the_same_prompts_below_each_other() -> None:
 def test_a_long_row_is_cut_into_blocks_that_stay_aligned() -> None:
     """Rows break at the same columns, and no more than eight images of a row are shown."""
     names = {"base": tuple(f"{i}.png" for i in range(10)), "unlearned": tuple(f"{i}.png" for i in range(10, 20))}
-    blocks = html.grid([claim(images=names)], {f"{i}.png": str(i) for i in range(20)})
+    blocks = html.grid([claim(images=names, hits=dict.fromkeys("abc", "0"))], {f"{i}.png": str(i) for i in range(20)})
     assert blocks == [
-        [("base", ("0", "1", "2", "3")), ("unlearned", ("10", "11", "12", "13"))],
-        [("base", ("4", "5", "6", "7")), ("unlearned", ("14", "15", "16", "17"))],
+        html.Block(0, ("a", "b", "c", "a"), (("base", ("0", "1", "2", "3")), ("unlearned", ("10", "11", "12", "13")))),
+        html.Block(4, ("b", "c", "a", "b"), (("base", ("4", "5", "6", "7")), ("unlearned", ("14", "15", "16", "17")))),
     ]
 
 
@@ -194,12 +194,31 @@ def test_hits_are_broken_down_by_prompt() -> None:
 
 
 def test_a_picture_says_its_prompt() -> None:
-    """Image i was drawn for prompt i, round by round, in every row: its title and its alternative text say so."""
-    rows = dict.fromkeys(("base", "unlearned"), ("0.png", "1.png", "2.png"))
-    text = page(claim(images=rows, hits={"a <b>": "00", "the b": "00"}))
+    """Image i was drawn for prompt i, round by round, in every row and block: its title and its alternative text say so."""
+    rows = dict.fromkeys(("base", "unlearned"), tuple(f"{i}.png" for i in range(5)))
+    text = page(claim(images=rows, hits={"a <b>": "00", "the b": "00", "b": "00"}))
     images = [a["alt"].partition("image ")[2] for tag, a in Page(text).attributes if tag == "img"]
-    assert images == ["1: a <b>", "2: the b", "3: a <b>"] * 2
-    assert [a["title"] for tag, a in Page(text).attributes if "title" in a] == ["a <b>", "the b", "a <b>"] * 2
+    assert images == ["1: a <b>", "2: the b", "3: b", "4: a <b>"] * 2 + ["5: the b"] * 2
+    assert [a["title"] for tag, a in Page(text).attributes if "title" in a] == [each[3:] for each in images]
+
+
+def test_pictures_of_other_prompts_say_their_own() -> None:
+    """What was drawn for people nobody erased stands in a section of its own, generic prompts and other people's apart; no picture borrows another's prompt."""
+    ada = {"images": {"base": ("0.png", "1.png")}, "hits": {"a portrait of Ada": "1", "a sketch of Ada": "1"}}
+    generic = {"images": {"base": ("2.png", "3.png"), "in-domain 50": ("4.png", "5.png")}, "hits": {"a portrait of a person": "00"}}
+    others = {"images": {"base": ("6.png", "7.png"), "in-domain 200": ("8.png", "9.png")}, "hits": {"a portrait of Bob": "0", "a portrait of Cy": "1"}}
+    cells = (forgotten(**ada), claim(rate=rate(3), **ada), unasked(steps=50, **generic), unasked(rate=rate(14), **others))
+    text = page(*cells)
+    found = Page(text)
+    assert found.who == "AdaAda unasked"
+    shown = [(a["src"].removeprefix("images/"), a["alt"].partition(": ")[2]) for tag, a in found.attributes if tag == "img"]
+    assert [int(name[0]) for name, _ in shown] == list(range(10))
+    people = ["a portrait of Bob", "a portrait of Cy"]
+    assert [prompt for _, prompt in shown] == ["a portrait of Ada", "a sketch of Ada", *["a portrait of a person"] * 4, *people * 2]
+    assert [a["title"] for tag, a in found.attributes if tag == "a" and "title" in a] == [prompt for _, prompt in shown]
+    assert re.findall(r'rowtitle">asked for <bdi>(.*?)</bdi>', text) == ["a portrait of a person", "a portrait of Bob, a portrait of Cy"]  # where it is not one
+    told = [re.search(r'aria-label="(.*?)"', each)[1] for each in text.split('<svg class="curve"')[1:]]  # type: ignore[index]  # every curve says its rates
+    assert [re.findall(r"\.\d\d at step \d+", each) for each in told] == [[".00 at step 0", ".07 at step 200"], [".00 at step 50", ".35 at step 200"]]
 
 
 def test_a_folded_concept_speaks_for_each_method() -> None:

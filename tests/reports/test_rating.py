@@ -43,7 +43,8 @@ def claim(kind: str, **changes: Any) -> dict[str, Any]:
 def unasked() -> dict[str, Any]:
     """The fine-tuned model's images of the same rows, drawn for prompts that do not name Ann."""
     rows = {"base": [f"images/n{i}.png" for i in range(4)], "lora-in 50": [f"images/o{i}.png" for i in range(4)]}
-    return claim("stays-out", images=rows, before=None, base=RARE, rate={**RATE, "k": 7}, hits={"a photo of a person": "0"})
+    apart, seen = OWN_SECTION["stays-out"].format("Ann"), {"a photo of a person": "0"}
+    return claim("stays-out", concept=apart, images=rows, before=None, base=RARE, rate={**RATE, "k": 7}, hits=seen)
 
 
 def many() -> list[dict[str, Any]]:
