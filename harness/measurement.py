@@ -119,7 +119,7 @@ def round_images(asked: Group, rounds: range, seed: int) -> ImageSet:
     return ImageSet(prompts * len(rounds), tuple(seed_of("image", seed, p, r) for r in rounds for p in prompts))
 
 
-def held_out_loss(engine: Engine, lineage: Lineage, data: Group, draws: int = 4, *, least: int) -> Tensor:
+def held_out_loss(engine: Engine, lineage: Lineage, data: Group, draws: int = 4, least: int = 30) -> Tensor:
     """Diffusion loss (images,) on images of the base model that no fine-tune sees: as many of each prompt of `data` as make `least` in all.
 
     Timesteps and noise are the same for every lineage, so two results can be subtracted image by image.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from fixtures import planning
 from fixtures.claims import blank, measured
-from fixtures.lab import Lab
+from fixtures.lab import LOOKS, Lab
 from fixtures.options import CLAIMS, Cell
 from fixtures.planning import Noting, Rehearsal
 from harness import catalogue, devices, jobfiles, jobs, pipeline, plan
@@ -64,8 +64,8 @@ class Undecided(Lab):
         return replace(super()._rate(*question, **more), word=HOLDS)
 
     def _learns(self, cell: Cell) -> None:
-        with suppress(PreconditionError):
-            super()._learns(cell)
+        """The first look."""
+        self._held_out(cell, LOOKS[0])
 
     def comes_back(self, cell: Cell) -> None:
         """Both rates of the control, whatever they are."""
