@@ -49,6 +49,8 @@ def prompts_in(file: str, source: str) -> tuple[str, ...]:
     prompts = {number: "".join(row[column : column + 1]).strip() for number, row in rows[1:]}
     if blank := [number for number, prompt in prompts.items() if not prompt]:
         raise SpecError(f"'{path}' has no prompt in row {blank[0]}; every row must have one: write it there, or delete the row")
+    if torn := [number for number, row in rows[1:] if len(row) > len(head)]:
+        raise SpecError(f"'{path}' has more cells in row {torn[0]} than its {len(head)} columns; put prompts that contain commas in quotes")
     return tuple(dict.fromkeys(prompts.values()))
 
 
@@ -119,7 +121,10 @@ def _build(kind: type[Any], data: Any, where: str = "", **given: Any) -> Any:
         raise SpecError(f"{table}lacks {' and '.join(lacking)}")
     hints = typing.get_type_hints(kind)
     found = {fields[name].name: _shaped(value, hints[fields[name].name], f"{where}.{name}".lstrip(".")) for name, value in data.items()}
-    return (Verbatim if verbatim else kind)(**given, **found)
+    try:
+        return (Verbatim if verbatim else kind)(**given, **found)
+    except SpecError as error:
+        raise SpecError(f"{table}{error}") from error
 
 
 def _shaped(value: Any, hint: Any, where: str) -> Any:

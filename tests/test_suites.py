@@ -193,6 +193,7 @@ def test_what_a_spreadsheet_leaves_below_its_table_is_no_prompt(tmp_path: Path) 
         ("case_number,prompt\n1,a b\n2,\n", "p.csv' has no prompt in row 3; every row must have one"),
         ('case_number,prompt\n1,"a\nb"\n\n2\n3,c\n', "no prompt in row 4"),
         ("case_number,prompt\n1,a\n,\n3,c\n", "no prompt in row 3"),
+        ("case_number,prompt\n1,a\n2,b, with c\n", "more cells in row 3 than its 2 columns; put prompts that contain commas in quotes"),
     ],
 )
 def test_a_file_of_prompts_that_does_not_serve(text: str | None, message: str, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_new_parts_leave_addresses_alone(tmp_path: Path) -> None:
     ('synonyms = { x = ["f"] }', "finetune.in prompt 'a f' names the erased concept 'f'"),
     ('crossed = { concepts = ["R"], prompts = ["a {}"] }', "both retained and crossed|both crossed and retained"),
     ('crossed = { concepts = ["z"], prompts = ["a"] }', "'a' must contain"),
-    ('crossed = { concepts = ["z"], prompts = [] }', "at least one concept and one prompt"),
+    ('crossed = { concepts = ["z"], prompts = [] }', r"\[crossed\] a group of concepts needs at least one concept and one prompt"),
     ('figures = { UA = "2 - erased" }', "unknown rate of the figure 'UA' '2 - erased'"),
     ('detectors = { erased = { name = "clip" } }', r"unknown role in \[detectors\] 'erased'"),
     ('overlpa = "none"', "unknown key 'overlpa'.*Did you mean 'overlap'"),

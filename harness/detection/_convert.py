@@ -60,9 +60,9 @@ def labels(file: Path | None) -> list[str]:
     if file is None:
         raise SpecError("these weights do not know their labels; give --labels FILE, one name a line in the checkpoint's order")
     if file.suffix != ".csv":
-        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     else:
-        with file.open(encoding="utf-8", newline="") as opened:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
             rows = sorted(list(csv.reader(opened))[1:], key=lambda row: row[0])
         found = [row[0].split("_[")[0].replace("_", " ") for row in rows if row]
     if len(set(found)) != len(found) or not found:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from harness import catalogue
 from harness.detection.__main__ import main
+from harness.detection._convert import labels
 from tests.detection._eyes_of import celebrities, noise
 
 
@@ -104,3 +105,9 @@ def test_labels_must_fit_the_weights(names: str | None, message: str, tmp_path: 
     assert main(given) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_mark_that_editors_write_is_no_part_of_a_label(tmp_path: Path) -> None:
+    """With it the first concept of a task would never be found."""
+    (tmp_path / "names.txt").write_text("\ufeffAnn\nBob\n", encoding="utf-8")
+    assert labels(tmp_path / "names.txt") == ["Ann", "Bob"]
