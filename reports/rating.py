@@ -154,15 +154,22 @@ def opened(file: Path) -> Mapping[str, Any]:
 
 
 def rated(files: Sequence[Path], key: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Each rater's answers; an error where two files are one, which would count a rater twice. The sheet marks each rater's file with a number of its own."""
-    first: dict[bytes, Path] = {}
+    """Each rater's answers; an error where two files are one rater's, who would count twice."""
+    first: dict[str, Path] = {}
     found = []
     for file in files:
         found.append(answers(file, key))
-        if (content := file.read_bytes()) in first:
-            raise SpecError(f"'{first[content]}' and '{file}' are the same, byte for byte, so one rater would count twice; leave one of them out")
-        first[content] = file
+        if (who := _rater(file)) in first:
+            raise SpecError(f"'{first[who]}' and '{file}' are one rater's, who would count twice; leave one of them out")
+        first[who] = file
     return found
+
+
+def _rater(file: Path) -> str:
+    """The number that the opened sheet gave itself; of a file without it, all that it says."""
+    text = file.read_text(encoding="utf-8-sig")
+    numbers = {row.get("rater") for row in csv.DictReader(text.splitlines())}
+    return numbers.pop() or text if len(numbers) == 1 else text
 
 
 def answers(file: Path, key: Mapping[str, Any]) -> dict[str, str]:

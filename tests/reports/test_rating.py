@@ -209,19 +209,21 @@ def test_answers_that_are_not_all_there_are_refused(change: Any, message: str, r
 
 
 def test_a_rater_is_counted_once(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One file named twice, or its copy under the name of a second download, is no second rater; answers of another rater who agrees are."""
+    """One file named twice, its copy under the name of a second download, or one with a second thought is no second rater; another who agrees is."""
     _, key = made(report)
     word = dict.fromkeys(key["images"], "no")
     one, copy = sent(report, key, "ratings-x.csv", word), sent(report, key, "ratings-x (1).csv", word)
-    other = Path(sent(report, key, "other.csv", word))
-    other.write_text(other.read_text(encoding="utf-8").replace("\n", ",2\n"), encoding="utf-8")
+    other, later = (Path(sent(report, key, name, {**word, min(word): said})) for name, said in (("other.csv", "no"), ("later.csv", "yes")))
+    for file in (other, later):  # the sheet's own number, in a column
+        head, *lines = file.read_text(encoding="utf-8").splitlines()
+        file.write_text("\n".join([f"{head},rater", *(f"{line},2" for line in lines)]) + "\n", encoding="utf-8")
     told = ["--key", str(report.parent / "sheet" / "key.json"), "--ratings"]
     assert main([*told, one, str(other)]) == 0
     assert "agreement of 2 raters" in capsys.readouterr().out
-    for again in (one, copy):
+    for first, again in ((one, one), (one, copy), (str(other), str(later))):
         assert main([*told, one, str(other), again]) == 2
         said = capsys.readouterr()
-        assert said.err.startswith(f"'{one}' and '{again}' are the same, byte for byte")
+        assert said.err.startswith(f"'{first}' and '{again}' are one rater's")
         assert "leave one of them out" in said.err
         assert not said.out
 
