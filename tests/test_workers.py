@@ -143,7 +143,8 @@ def test_only_workers_share_images_out(tmp_path, monkeypatch, worker, wrong, exp
         return ["images"]
 
     monkeypatch.setattr("fixtures.planning.certain", certain)
-    monkeypatch.setattr("fixtures.lab.Lab", lambda *_: SimpleNamespace(prepare=lambda cells, pictures: given.extend(pictures() if pictures else ())))
+    lab = SimpleNamespace(ready=lambda: None, prepare=lambda cells, pictures: given.extend(pictures() if pictures else ()))
+    monkeypatch.setattr("fixtures.lab.Lab", lambda *_: lab)
     config = SimpleNamespace(stash={OPTIONS: parsed(), ENGINE: SimpleNamespace(store=None), plugin.LABS: {}}, **({"workerinput": {}} if worker else {}))
     request: Any = SimpleNamespace(config=config, path=ROOT / "suites" / "celebrity" / "test_celebrity.py", session=SimpleNamespace(items=[]))
     plugin.lab._get_wrapped_function()(request)
