@@ -236,8 +236,7 @@ def test_no_shipped_task_names_a_method_that_cannot_serve_it(name: str) -> None:
     models.engine = SimpleNamespace(build=lambda lineages: {})  # type: ignore[assignment]
     cells = [Cell("forgotten", method, None, 0, found.erased.concepts[0]) for method in {found.control, *found.methods, *found.smoke}]
     models.prepare(cells)
-    for cell in cells:
-        models.require(models.lineage(cell))
+    assert [models.require(models.lineage(cell)) for cell in cells] == [models.lineage(cell) for cell in cells]
 
 
 # --- published lists --------------------------------------------------------------------------------------------------
