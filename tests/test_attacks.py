@@ -324,11 +324,11 @@ def test_prompt_rates_are_of_a_fixed_number(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Attack, "rates", rates)
     lab = Scene(good)
-    lab.rule = Rule(k=3)
+    lab.rule, lab.detector = Rule(k=3), type("Faces", (SEES,), {"several": True})  # type: ignore[assignment]
     before, after, cut = lab.prompted(lab.unlearned("uce", 0), "unlearndiffatk", "x", 0)
     assert (before.k, before.n, after.k, after.n, cut) == (0, 40, 10, 40, 40)
     assert set(asked[0].prompts) == {"a x", "the x"}
-    assert rules == [Rule(k=3)]
+    assert rules == [Rule(k=3, shared=True)]  # as this detector means it
 
 
 def test_every_claim_about_attacks_has_a_measurement() -> None:
